@@ -1,0 +1,58 @@
+# `make search` and `make test` do all their own set-up. An active virtual environment is used as it is; otherwise .venv is made.
+ifdef VIRTUAL_ENV
+VENV := $(VIRTUAL_ENV)
+else
+VENV := .venv
+endif
+PY := $(VENV)/bin/python
+PYTHON3 ?= python3
+TORCH ?= 2.13.0
+STAMP := $(VENV)/.star-installed
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find kernels -name '*.cpp' -o -name '*.h')
+ARGS ?=
+
+.PHONY: search test test-all lint bench setup clean help
+
+help:
+	@echo "make search [ARGS='--preset smoke']   search architectures on this machine; opens nothing, prints where report.html is"
+	@echo "make test                             lint, types and the quick tests (CI runs this)"
+	@echo "make test-all                         the slow tests too"
+	@echo "make bench                            pytest bench/: kernels against ceilings and peers"
+
+search: setup
+	$(PY) -m search.run $(ARGS)
+
+test: lint
+	$(PY) -m pytest
+
+test-all: lint
+	$(PY) -m pytest -m 'slow or not slow'
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+bench: setup
+	$(PY) -m pytest bench/
+
+setup: $(STAMP)
+
+$(PY):
+	$(PYTHON3) -m venv $(VENV)
+
+# Linux on x86-64 without an NVIDIA or AMD GPU takes the CPU build of torch: the default build there brings gigabytes of CUDA libraries.
+# pip finds "+cpu" where its configured indexes carry it; uv knows by itself where torch's CPU builds are.
+$(STAMP): $(PY) $(SOURCES)
+	@if $(PY) -c 'import torch' 2>/dev/null; then :; \
+	elif [ "$$(uname -sm)" != "Linux x86_64" ] || command -v nvidia-smi >/dev/null 2>&1 || [ -e /dev/kfd ]; then \
+	    $(PY) -m pip install "torch==$(TORCH)"; \
+	else \
+	    $(PY) -m pip install "torch==$(TORCH)+cpu" || \
+	    { $(PY) -m pip install uv && $(PY) -m uv pip install --python $(PY) --torch-backend cpu "torch==$(TORCH)"; }; \
+	fi
+	$(PY) -m pip install -e '.[search,bench,test]'
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

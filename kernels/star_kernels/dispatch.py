@@ -1,0 +1,253 @@
+"""Say who serves a call: the registry of implementations behind every public operator.
+
+An operator is one definition with several implementations. `reference` (plain torch) serves every device and floating
+dtype; compiled implementations register for the device types and dtypes that they serve, and are preferred there in
+order of registration. Each (device type, dtype, backend) is resolved once; then it is one dictionary look-up.
+
+A compiled backend joins in two steps, from a module named in `PROVIDERS`, which is imported when an operator is first
+resolved and so costs `import star_kernels` nothing:
+
+    declare_backend("cpp", device_types=("cpu",), unavailable=None)         # or the reason why it is not there
+    register("rms_norm", "cpp", load, device_types=("cpu",), dtypes=(torch.float32, torch.bfloat16))
+
+`load` takes no argument and returns the implementation; it is called when the implementation is first needed. An
+implementation takes the positional arguments that the operator's public function passes on, which are those of the
+function of the same name in the operator's `reference.py`, already validated.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+PROVIDERS: list[str] = ["star_kernels._native"]
+"""Modules that register compiled implementations when imported; a missing one is skipped."""
+
+REFERENCE = "reference"
+
+Function = Callable[..., Any]
+
+
+class BackendStatus(NamedTuple):
+    """Whether a backend can serve on this machine, and in words why it can or cannot."""
+
+    available: bool
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Implementation:
+    """One backend's way to serve one operator."""
+
+    backend: str
+    device_types: frozenset[str]
+    dtypes: frozenset[torch.dtype]
+    load: Callable[[], Function]
+
+
+@dataclass(frozen=True, slots=True)
+class _Backend:
+    name: str
+    device_types: frozenset[str]
+    unavailable: str | None
+
+
+_backends: dict[str, _Backend] = {}
+_operators: dict[str, Operator] = {}
+_implementations: dict[str, list[Implementation]] = {}
+_discovered: set[str] = set()
+
+
+class Operator:
+    """A public operator's entry in the registry.
+
+    Args:
+        name: The public function's name.
+        reference: The definition in plain torch, which serves any device and floating dtype.
+    """
+
+    __slots__ = ("_reference", "_served", "name")
+
+    def __init__(self, name: str, reference: Function) -> None:
+        self.name = name
+        self._reference = reference
+        self._served: dict[tuple[str, torch.dtype, str | None], tuple[str, Function]] = {}
+        _operators[name] = self
+
+    def serve(self, tensor: Tensor, backend: str | None) -> Function:
+        """Return the function that serves a call whose first tensor is `tensor`; `backend` is honoured or refused."""
+        key = (tensor.device.type, tensor.dtype, backend)
+        if torch.compiler.is_compiling() or key not in self._served:
+            _resolve(self.name, *key)
+        return self._served[key][1]
+
+    def resolve(self, device_type: str, dtype: torch.dtype, backend: str | None) -> tuple[str, Function]:
+        """Return the name and the function of what serves this device type and dtype.
+
+        Raises:
+            ValueError: `backend` is unknown, not available here, or does not serve this operator, device or dtype.
+        """
+        key = (device_type, dtype, backend)
+        if key not in self._served:
+            discover()
+            self._served[key] = self._choose(device_type, dtype, backend)
+        return self._served[key]
+
+    def forget(self) -> None:
+        """Drop what was resolved, so that a new registration is seen."""
+        self._served.clear()
+
+    def _choose(self, device_type: str, dtype: torch.dtype, backend: str | None) -> tuple[str, Function]:
+        if backend is None:
+            for candidate in _implementations.get(self.name, ()):
+                usable = _backends[candidate.backend].unavailable is None
+                if usable and device_type in candidate.device_types and dtype in candidate.dtypes:
+                    return candidate.backend, candidate.load()
+            self._warn_of_reference(device_type, dtype)
+        elif backend != REFERENCE:
+            return backend, self._requested(device_type, dtype, backend).load()
+        return REFERENCE, _without_autocast(self._reference)
+
+    def _requested(self, device_type: str, dtype: torch.dtype, backend: str) -> Implementation:
+        if backend not in _backends:
+            known = ", ".join([REFERENCE, *sorted(_backends)])
+            raise ValueError(f"backend={backend!r} is unknown; it must be one of: {known}")
+        reason = _backends[backend].unavailable
+        if reason is not None:
+            raise ValueError(f"backend={backend!r} is not available: {reason}")
+        own = [one for one in _implementations.get(self.name, ()) if one.backend == backend]
+        if not own:
+            raise ValueError(f"backend={backend!r} does not implement {self.name}")
+        for candidate in own:
+            if device_type in candidate.device_types and dtype in candidate.dtypes:
+                return candidate
+        served = "; ".join(
+            f"{', '.join(sorted(str(one) for one in entry.dtypes))} on {', '.join(sorted(entry.device_types))}"
+            for entry in own
+        )
+        raise ValueError(
+            f"backend={backend!r} does not serve {self.name} for {dtype} on {device_type}; it serves {served}"
+        )
+
+    def _warn_of_reference(self, device_type: str, dtype: torch.dtype) -> None:
+        expected = sorted(one.name for one in _backends.values() if device_type in one.device_types)
+        if expected:
+            unserved = f"does not serve {self.name} for {dtype}"
+            reasons = "; ".join(f"{name}: {_backends[name].unavailable or unserved}" for name in expected)
+            warnings.warn(
+                f"star_kernels.{self.name} is served by reference on {device_type} for {dtype} ({reasons})",
+                RuntimeWarning,
+                stacklevel=7,
+            )
+
+
+def _resolve(operator: str, device_type: str, dtype: torch.dtype, backend: str | None) -> str:
+    """Resolve by name. torch.compile calls this while it traces and takes the answer for a constant."""
+    return _operators[operator].resolve(device_type, dtype, backend)[0]
+
+
+# What torch.compiler.assume_constant_result sets; calling that would import torch._dynamo, which takes over a second.
+_resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _without_autocast(reference: Function) -> Function:
+    """Keep autocast out of a reference: each states its own precision, and float32 states must stay float32."""
+
+    def serve(first: Tensor, *rest: Any) -> Any:
+        device_type = first.device.type
+        if torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return reference(first, *rest)
+        return reference(first, *rest)
+
+    return serve
+
+
+def declare_backend(name: str, *, device_types: Iterable[str], unavailable: str | None = None) -> None:
+    """Make a backend known.
+
+    Args:
+        name: What users pass as `backend=`.
+        device_types: The torch device types on which users may expect it ("cpu", "cuda").
+        unavailable: Why it cannot serve on this machine, in one clause; None when it can.
+    """
+    _backends[name] = _Backend(name, frozenset(device_types), unavailable)
+    _forget_all()
+
+
+def register(
+    operator: str,
+    backend: str,
+    load: Callable[[], Function],
+    *,
+    device_types: Iterable[str],
+    dtypes: Iterable[torch.dtype],
+) -> None:
+    """Add a declared backend's implementation of an operator, preferred after those registered before it.
+
+    Args:
+        operator: The operator's name.
+        backend: A backend that `declare_backend` has made known.
+        load: Called without arguments on first use; returns the implementation.
+        device_types: Device types of the first tensor that it serves.
+        dtypes: Dtypes of the first tensor that it serves.
+
+    Raises:
+        ValueError: the backend was not declared, or the operator does not exist.
+    """
+    if backend not in _backends:
+        raise ValueError(f"backend {backend!r} is not declared; call declare_backend first")
+    if operator not in _operators:
+        raise ValueError(f"operator {operator!r} does not exist; it must be one of: {', '.join(sorted(_operators))}")
+    entry = Implementation(backend, frozenset(device_types), frozenset(dtypes), load)
+    _implementations.setdefault(operator, []).append(entry)
+    _operators[operator].forget()
+
+
+def discover() -> None:
+    """Import the modules of `PROVIDERS` that exist and were not imported yet."""
+    for name in PROVIDERS:
+        if name not in _discovered:
+            _discovered.add(name)
+            if importlib.util.find_spec(name) is not None:
+                importlib.import_module(name)
+
+
+def backends() -> dict[str, BackendStatus]:
+    """List every backend with whether it is available on this machine, and why it is or is not."""
+    discover()
+    table = {REFERENCE: BackendStatus(True, "plain torch, any device and floating dtype")}
+    for backend in _backends.values():
+        devices = ", ".join(sorted(backend.device_types))
+        available = backend.unavailable is None
+        table[backend.name] = BackendStatus(available, backend.unavailable or f"compiled, serves {devices} tensors")
+    return table
+
+
+def which(op: str, *tensors: Tensor) -> str:
+    """Name the backend that would serve a call of operator `op` on these tensors.
+
+    Args:
+        op: The public function's name, such as "rms_norm".
+        tensors: The call's tensors in order; the first one's device and dtype decide.
+
+    Raises:
+        ValueError: `op` does not exist or no tensor is given.
+    """
+    if op not in _operators:
+        raise ValueError(f"op {op!r} does not exist; it must be one of: {', '.join(sorted(_operators))}")
+    if not tensors:
+        raise ValueError("tensors is empty; which() needs at least the call's first tensor")
+    return _operators[op].resolve(tensors[0].device.type, tensors[0].dtype, None)[0]
+
+
+def _forget_all() -> None:
+    for operator in _operators.values():
+        operator.forget()

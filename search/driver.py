@@ -1,0 +1,156 @@
+"""The search itself: ask for a generation, evaluate it, tell the results, keep the front.
+
+Generational, and so deterministic: what is asked depends on the seed and on the results alone, and results are logged
+and told in the order of the asking. A search that goes on after a kill runs the same loop from its beginning; results
+that are in the log are not computed again, and so it ends where it would have ended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import nevergrad as ng
+import numpy as np
+import torch
+
+from search.evaluate import Outcome, Task, candidate_seed
+from search.evolution import NSGA2
+from search.settings import Settings
+from search.space import GenomeParameter
+from search.store import Evaluation, Status, Store
+from search.view import View
+from search.workers import Workers
+from star_core import Genome
+from star_core.genome.baselines import BASELINES
+
+
+@dataclass(frozen=True)
+class Request:
+    """A genome to evaluate, and where it came from."""
+
+    genome: Genome
+    generation: int
+    kind: str = "candidate"
+    name: str | None = None
+    parents: tuple[str, ...] = ()
+    repaired: bool = False
+
+
+def search(settings: Settings, store: Store, workers: Workers, view: View, on_generation: Callable[[], None]) -> None:
+    """Evaluate the baselines, then evolve; everything is in the run folder when this returns.
+
+    Args:
+        settings: What to search.
+        store: The open run folder, with the corpus saved in `store.work`.
+        workers: Who evaluates.
+        view: What shows it.
+        on_generation: Called after the baselines and after each generation, with everything logged.
+    Raises:
+        OSError: The disk is full.
+    """
+    baselines = [Request(make(settings.depth), -1, "baseline", name) for name, make in BASELINES.items()]
+    _evaluate(baselines, settings, store, workers, view)
+    on_generation()
+    parameter = GenomeParameter(settings.depth)
+    parameter.random_state = np.random.RandomState(settings.seed % 2**32)
+    optimizer = NSGA2(
+        parameter,
+        budget=settings.population * settings.generations,
+        num_workers=settings.population,
+        num_objectives=len(settings.objectives),
+        population_size=settings.population,
+    )
+    optimizer.exclude(request.genome for request in baselines)
+    for generation in range(settings.generations):
+        candidates = _ask(optimizer, settings.population)
+        requests = [Request(c.value, generation, parents=c.parent_hashes, repaired=c.repaired) for c in candidates]
+        for candidate, evaluation in zip(candidates, _evaluate(requests, settings, store, workers, view), strict=True):
+            if evaluation.status is Status.OK:
+                optimizer.tell(candidate, [evaluation.metrics[name] for name in settings.objectives])
+            else:
+                optimizer.discard(candidate)
+        on_generation()
+
+
+def _ask(optimizer: NSGA2, count: int) -> list[GenomeParameter]:
+    """Ask for a generation; a space that is used up gives a smaller one, or none."""
+    candidates: list[GenomeParameter] = []
+    with suppress(ng.errors.NevergradEarlyStopping):
+        while len(candidates) < count:
+            candidates.append(optimizer.ask())
+    return candidates
+
+
+def _evaluate(
+    requests: Sequence[Request], settings: Settings, store: Store, workers: Workers, view: View
+) -> list[Evaluation]:
+    """Return the evaluations of `requests`, in order: those in the log from there, the others trained together and
+    measured one by one."""
+    known = {request.genome.hash: store.find(request.genome.hash) for request in requests}
+    missing = [request.genome for request in requests if known[request.genome.hash] is None]
+    trained = _run(missing, "train", settings, store, workers, view)
+    evaluations = []
+    for request in requests:
+        evaluation = known[request.genome.hash]
+        fresh = evaluation is None
+        if evaluation is None:
+            outcome = trained[request.genome.hash]
+            if outcome.status is Status.OK and settings.timed:
+                measured = _run([request.genome], "measure", settings, store, workers, view)
+                outcome = _joined(outcome, measured[request.genome.hash])
+            evaluation = _evaluation(request, outcome, settings)
+            store.add(evaluation)
+            for stage in ("train", "measure"):
+                _task(request.genome, stage, settings, store).result_path.unlink(missing_ok=True)
+        view.done(evaluation, fresh)
+        evaluations.append(evaluation)
+    return evaluations
+
+
+def _run(
+    genomes: Sequence[Genome], stage: str, settings: Settings, store: Store, workers: Workers, view: View
+) -> Mapping[str, Outcome]:
+    """Do one stage for every genome: trainings beside one another, a measurement alone."""
+    outcomes = {}
+    jobs = 1 if stage == "measure" else settings.jobs or torch.get_num_threads()
+    tasks = [_task(genome, stage, settings, store) for genome in genomes]
+    if stage == "measure":
+        view.measuring(tasks[0])
+    for task, outcome in workers.run(tasks, jobs, view.training):
+        outcomes[task.genome_hash] = outcome
+        view.trained(task)
+    return outcomes
+
+
+def _task(genome: Genome, stage: str, settings: Settings, store: Store) -> Task:
+    genome_hash = genome.hash
+    seed = candidate_seed(settings.seed, genome_hash)
+    return Task(str(genome.canonical()), genome_hash, seed, settings, store.work, stage)
+
+
+def _joined(trained: Outcome, measured: Outcome) -> Outcome:
+    """Return the result of both stages; a candidate that could not be measured has failed."""
+    seconds = trained.seconds + measured.seconds
+    metrics = {**trained.metrics, **measured.metrics} if measured.status is Status.OK else {}
+    return Outcome(measured.status, metrics, seconds, measured.error, trained.curve)
+
+
+def _evaluation(request: Request, outcome: Outcome, settings: Settings) -> Evaluation:
+    genome_hash = request.genome.hash
+    return Evaluation(
+        genome=str(request.genome.canonical()),
+        genome_hash=genome_hash,
+        status=outcome.status,
+        seed=candidate_seed(settings.seed, genome_hash),
+        generation=request.generation,
+        metrics=outcome.metrics,
+        seconds=outcome.seconds,
+        error=outcome.error,
+        kind=request.kind,
+        name=request.name,
+        parents=request.parents,
+        repaired=request.repaired,
+        curve=outcome.curve,
+    )

@@ -1,0 +1,167 @@
+"""One candidate in, one typed result out: decode the genome, train it, measure it.
+
+The two halves are apart, since trainings may overlap and measurements may not. Each leaves a file behind once it is
+done, written in one step, so that a search that was killed between them goes on from there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.harness import measure_model
+from search.data import Corpus
+from search.settings import MEASURED, Settings
+from search.store import Status, write_json
+from search.train import DeadlineExceeded, Diverged, train
+from star_core import Genome, LanguageModel, ModelConfig
+from star_core.genome.baselines import transformer_pp
+
+DECODED_TOKENS = 32
+"""One-token steps in one sample of the decoding measurement."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One half of an evaluation, as it is handed to a process.
+
+    Attributes:
+        genome: Canonical text.
+        genome_hash: Its hash.
+        seed: Seeds weights and batches.
+        settings: The search's settings.
+        work: Folder with the saved corpus, where weights and results go.
+        stage: "train" or "measure".
+    """
+
+    genome: str
+    genome_hash: str
+    seed: int
+    settings: Settings
+    work: Path
+    stage: str
+
+    @property
+    def result_path(self) -> Path:
+        """Where the result of this half is written."""
+        return self.work / f"{self.genome_hash}.{self.stage}.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one half of an evaluation ended; `curve` is filled by training alone."""
+
+    status: Status
+    metrics: dict[str, float]
+    seconds: float
+    error: str | None = None
+    curve: tuple[tuple[int, float], ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the outcome as JSON values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Outcome:
+        """Read what `to_json` returned."""
+        curve = tuple((step, loss) for step, loss in values["curve"])
+        return cls(**values | {"status": Status(values["status"]), "curve": curve})
+
+
+def candidate_seed(run_seed: int, genome_hash: str) -> int:
+    """Return the seed of a candidate's training: the same whenever and wherever it is trained in a run."""
+    digest = hashlib.sha256(f"{run_seed}:{genome_hash}".encode()).digest()
+    return int.from_bytes(digest[:6], "big")
+
+
+def run_task(task: Task, report: Callable[[int, float], None] | None = None) -> Outcome:
+    """Do one half of an evaluation, write its outcome to `task.result_path`, and return it.
+
+    What goes wrong with the candidate becomes a status. What goes wrong with the machine, a full disk, is raised.
+
+    Args:
+        task: What to do.
+        report: Called after each training step with its number and loss.
+    Raises:
+        OSError: The disk is full.
+    """
+    started = time.monotonic()
+
+    def failed(status: Status, error: BaseException) -> Outcome:
+        reason = f"{type(error).__name__}: {error}" if status is Status.CRASH else str(error) or type(error).__name__
+        return Outcome(status, {}, time.monotonic() - started, reason)
+
+    work = _train if task.stage == "train" else _measure
+    try:
+        outcome = work(task, started, report)
+    except Diverged as error:
+        outcome = failed(Status.NAN, error)
+    except DeadlineExceeded as error:
+        outcome = failed(Status.TIMEOUT, error)
+    except MemoryError as error:
+        outcome = failed(Status.OOM, error)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        outcome = failed(Status.CRASH, error)
+    except Exception as error:
+        # safetensors wraps the operating system's error; torch's CPU allocator raises a plain RuntimeError.
+        if "No space left on device" in str(error):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(task.work)) from error
+        out_of_memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        outcome = failed(Status.OOM if out_of_memory else Status.CRASH, error)
+    write_json(task.result_path, outcome.to_json())
+    return outcome
+
+
+def _model_config(task: Task, corpus: Corpus) -> ModelConfig:
+    return task.settings.model_config(corpus.vocab_size)
+
+
+def _train(task: Task, started: float, report: Callable[[int, float], None] | None) -> Outcome:
+    settings = task.settings
+    corpus = Corpus.load(task.work)
+    try:
+        model = LanguageModel(Genome.parse(task.genome), _model_config(task, corpus), seed=task.seed)
+    except ValueError as error:
+        return Outcome(Status.INVALID, {}, time.monotonic() - started, str(error))
+    deadline = started + settings.timeout_seconds
+    result = train(model, corpus, settings.train_config(), seed=task.seed, deadline=deadline, on_step=report)
+    metrics = {
+        "perplexity": result.perplexity,
+        "bits_per_byte": result.bits_per_byte,
+        "parameters": float(model.num_parameters()),
+        "cache_bytes": float(model.cache_bytes(1, settings.seq_len)),
+    }
+    weights = task.work / f"{task.genome_hash}.safetensors"
+    temporary = weights.with_suffix(".new")
+    model.save(temporary)
+    temporary.replace(weights)
+    return Outcome(Status.OK, metrics, time.monotonic() - started, curve=tuple(result.curve))
+
+
+def _measure(task: Task, started: float, report: Callable[[int, float], None] | None) -> Outcome:
+    settings = task.settings
+    config = _model_config(task, Corpus.load(task.work))
+    model = LanguageModel(Genome.parse(task.genome), config, seed=task.seed)
+    reference = LanguageModel(transformer_pp(settings.depth), config, seed=task.seed)
+    metrics = measure_model(
+        model,
+        reference,
+        which=MEASURED,
+        vocab_size=config.vocab_size,
+        batch_size=settings.batch_size // settings.accumulation,
+        seq_len=settings.seq_len,
+        decode_tokens=DECODED_TOKENS,
+        seconds=settings.measure_seconds / len(MEASURED),
+    )
+    return Outcome(Status.OK, metrics, time.monotonic() - started)

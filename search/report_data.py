@@ -1,0 +1,279 @@
+"""Read a run folder, and follow its search: the front, hypervolume by generation, lineage.
+
+Only reads: the driver is the one writer of `run.db`, and a report may be asked for while the search runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from search.nsga2 import FloatArray, hypervolume, non_dominated
+from search.report_metrics import needs_log_axis
+from search.store import Evaluation, Status
+
+BoolArray = npt.NDArray[np.bool_]
+# The reference point lies a tenth of the box outside it, so that the extreme members of a front count too.
+REFERENCE_MARGIN = 1.1
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder in memory. `front` is sorted by the first objective."""
+
+    directory: Path
+    config: Mapping[str, Any]
+    objectives: tuple[str, ...]
+    candidates: tuple[Evaluation, ...]
+    baselines: tuple[Evaluation, ...]
+    front: tuple[Evaluation, ...]
+
+    def is_scored(self, evaluation: Evaluation) -> bool:
+        """Tell whether the evaluation succeeded and has a number for every objective."""
+        return evaluation.status is Status.OK and all(name in evaluation.metrics for name in self.objectives)
+
+    @property
+    def scored(self) -> tuple[Evaluation, ...]:
+        """The candidates with a number for every objective."""
+        return tuple(candidate for candidate in self.candidates if self.is_scored(candidate))
+
+    @property
+    def scored_baselines(self) -> tuple[Evaluation, ...]:
+        """The baselines with a number for every objective."""
+        return tuple(baseline for baseline in self.baselines if self.is_scored(baseline))
+
+    @property
+    def generations(self) -> tuple[int, ...]:
+        """The generations that the log holds, in order."""
+        return tuple(sorted({candidate.generation for candidate in self.candidates}))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How the search went, generation by generation.
+
+    `hypervolume[i]` is the share of the box between `ideal` and `reference` dominated by all candidates up to
+    `generations[i]`; objectives named in `log_scaled` are measured on a log scale. `best` is the best value of each
+    objective within a generation, None where no candidate of it succeeded.
+    """
+
+    generations: tuple[int, ...]
+    hypervolume: tuple[float, ...]
+    baseline_hypervolume: float | None
+    ideal: Mapping[str, float]
+    reference: Mapping[str, float]
+    log_scaled: frozenset[str]
+    best: Mapping[str, tuple[float | None, ...]]
+
+
+def read_run(run_dir: Path) -> Run:
+    """Read `config.json`, `run.db` and `front.json` of a run folder.
+
+    Args:
+        run_dir: A folder that the search wrote. `front.json` may be missing: the front is then computed from the log.
+    Returns:
+        The run.
+    Raises:
+        ValueError: no such folder, a file missing or unreadable, no objectives, a front member that the log lacks.
+    """
+    run_dir = Path(run_dir)
+    config = _read_json(run_dir / "config.json")
+    objectives = config.get("objectives") if isinstance(config, dict) else None
+    if not isinstance(objectives, list) or len(objectives) < 2:
+        raise ValueError(
+            f"run_dir: {run_dir / 'config.json'} needs a list of two or more 'objectives', got {objectives}"
+        )
+    rows = _read_evaluations(run_dir / "run.db")
+    run = Run(
+        directory=run_dir,
+        config=config,
+        objectives=tuple(objectives),
+        candidates=tuple(row for row in rows if row.kind == "candidate"),
+        baselines=tuple(row for row in rows if row.kind == "baseline"),
+        front=(),
+    )
+    front_path = run_dir / "front.json"
+    members = _front_from_file(front_path, run) if front_path.exists() else find_front(run.scored, run.objectives)
+    first = run.objectives[0]
+    return replace(run, front=tuple(sorted(members, key=lambda member: (member.metrics[first], member.genome_hash))))
+
+
+def find_front(evaluations: Sequence[Evaluation], objectives: Sequence[str]) -> tuple[Evaluation, ...]:
+    """Keep the evaluations that no other one dominates; all objectives are minimised, equal points all stay."""
+    if not evaluations:
+        return ()
+    keep = non_dominated(_matrix(evaluations, objectives))
+    return tuple(evaluation for evaluation, kept in zip(evaluations, keep, strict=True) if kept)
+
+
+def follow_progress(run: Run) -> Progress | None:
+    """Compute hypervolume and best values by generation; None while no candidate has succeeded.
+
+    The box is spanned by the front, the first generation's front and the baselines: it does not move with outliers that
+    nothing would choose, and the baselines' own hypervolume can be told in the same units.
+    """
+    scored, objectives = run.scored, run.objectives
+    if not scored:
+        return None
+    generations = run.generations
+    initial = [member for member in scored if member.generation == min(c.generation for c in scored)]
+    corners = [*find_front(scored, objectives), *find_front(initial, objectives), *run.scored_baselines]
+    box = _matrix(corners, objectives)
+    log_scaled = np.array([needs_log_axis(column.tolist()) for column in box.T])
+    low, high = _bend(box, log_scaled).min(axis=0), _bend(box, log_scaled).max(axis=0)
+    span = np.where(high > low, high - low, 1.0)
+
+    def volume(members: Sequence[Evaluation]) -> float:
+        if not members:
+            return 0.0
+        # Only points inside the box count, and clipping below cannot happen: `low` is the best value there is.
+        points = (_bend(_matrix(members, objectives), log_scaled) - low) / span
+        reference = np.full(len(objectives), REFERENCE_MARGIN)
+        return hypervolume(points, reference) / REFERENCE_MARGIN ** len(objectives)
+
+    reference = _unbend((low + REFERENCE_MARGIN * span)[None], log_scaled)[0]
+    by_generation = {
+        generation: [member for member in scored if member.generation == generation] for generation in generations
+    }
+    return Progress(
+        generations=generations,
+        hypervolume=tuple(volume([m for m in scored if m.generation <= generation]) for generation in generations),
+        baseline_hypervolume=volume(run.scored_baselines) if run.scored_baselines else None,
+        ideal=dict(zip(objectives, box.min(axis=0).tolist(), strict=True)),
+        reference=dict(zip(objectives, reference.tolist(), strict=True)),
+        log_scaled=frozenset(name for name, bent in zip(objectives, log_scaled, strict=True) if bent),
+        best={
+            name: tuple(
+                min((m.metrics[name] for m in by_generation[generation]), default=None) for generation in generations
+            )
+            for name in objectives
+        },
+    )
+
+
+def find_ancestors(run: Run, member: Evaluation, limit: int) -> list[Evaluation]:
+    """Follow parents back through the log, nearest first, the member itself first of all; at most `limit` of them."""
+    by_hash = {candidate.genome_hash: candidate for candidate in (*run.baselines, *run.candidates)}
+    found, queue = {member.genome_hash: member}, [member]
+    while queue and len(found) < limit:
+        for parent_hash in queue.pop(0).parents:
+            parent = by_hash.get(parent_hash)
+            if parent is not None and parent_hash not in found and len(found) < limit:
+                found[parent_hash] = parent
+                queue.append(parent)
+    return list(found.values())
+
+
+def count_failures(evaluations: Iterable[Evaluation]) -> list[tuple[str, str, int]]:
+    """Group failed evaluations by status and by the first line of their reason, the most frequent first."""
+    groups: Counter[tuple[str, str]] = Counter()
+    for evaluation in evaluations:
+        if evaluation.status is not Status.OK:
+            lines = (evaluation.error or "").strip().splitlines()
+            groups[evaluation.status, lines[0] if lines else "no reason recorded"] += 1
+    return [(status, reason, count) for (status, reason), count in groups.most_common()]
+
+
+def _matrix(evaluations: Sequence[Evaluation], objectives: Sequence[str]) -> FloatArray:
+    return np.array([[e.metrics[name] for name in objectives] for e in evaluations], dtype=np.float64)
+
+
+def _bend(points: FloatArray, log_scaled: BoolArray) -> FloatArray:
+    """Take logarithms of the columns that need them."""
+    return np.where(log_scaled, np.log(np.where(log_scaled, points, 1.0)), points)
+
+
+def _unbend(points: FloatArray, log_scaled: BoolArray) -> FloatArray:
+    return np.where(log_scaled, np.exp(np.where(log_scaled, points, 0.0)), points)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"run_dir: cannot read {path}: {error.strerror}; give a folder that the search wrote"
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"run_dir: {path} is not valid JSON: {error}") from error
+
+
+def _read_evaluations(path: Path) -> list[Evaluation]:
+    if not path.is_file():
+        raise ValueError(f"run_dir: {path} does not exist; give a folder that the search wrote")
+    columns = (
+        "genome, genome_hash, status, seed, generation, metrics, seconds, error, kind, name, parents, repaired, curve"
+    )
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
+            rows = connection.execute(f"SELECT {columns} FROM evaluations ORDER BY id").fetchall()
+    except sqlite3.DatabaseError as error:
+        raise ValueError(f"run_dir: {path} cannot be read as a run's log: {error}") from error
+    return [
+        Evaluation(
+            genome=genome,
+            genome_hash=genome_hash,
+            status=Status(status),
+            seed=seed,
+            generation=generation,
+            metrics=_numbers(json.loads(metrics)),
+            seconds=seconds,
+            error=error,
+            kind=kind,
+            name=name,
+            parents=tuple(json.loads(parents)),
+            repaired=bool(repaired),
+            curve=tuple((int(step), float(loss)) for step, loss in json.loads(curve)),
+        )
+        for (
+            genome,
+            genome_hash,
+            status,
+            seed,
+            generation,
+            metrics,
+            seconds,
+            error,
+            kind,
+            name,
+            parents,
+            repaired,
+            curve,
+        ) in rows
+    ]
+
+
+def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Keep finite numbers only: a metric that could not be measured is absent, never a magic value."""
+    return {
+        key: float(value)
+        for key, value in metrics.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    }
+
+
+def _front_from_file(path: Path, run: Run) -> tuple[Evaluation, ...]:
+    """Match `front.json` with the log; its metrics win, since the front may have been measured again."""
+    by_hash = {candidate.genome_hash: candidate for candidate in run.candidates}
+    members = []
+    for entry in _read_json(path):
+        evaluation = by_hash.get(entry["genome_hash"])
+        if evaluation is None:
+            raise ValueError(f"run_dir: {path} names genome {entry['genome_hash']}, which run.db does not hold")
+        member = replace(evaluation, metrics={**evaluation.metrics, **_numbers(entry["metrics"])})
+        if not run.is_scored(member):
+            raise ValueError(
+                f"run_dir: {path} names genome {member.genome_hash}, which lacks a number for an objective"
+            )
+        members.append(member)
+    return tuple(members)

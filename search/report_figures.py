@@ -1,0 +1,296 @@
+"""The page's interactive figures, with plotly.
+
+Colours are written as `var(--name)`: the page's script looks each up in the style sheet before plotly draws, and draws
+again when the reader's theme changes, so one figure serves the light and the dark theme.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import plotly.graph_objects as go
+
+from search.report_data import Progress, Run
+from search.report_drawing import FAMILIES, base_class, liv_classes
+from search.report_metrics import Column, order_metrics
+from search.report_scatter import BASELINE_SYMBOLS, NUMBERED_FRONT, choose_pairs, lower_left, value_of
+from search.store import Evaluation
+from star_core.genome import POOL
+
+_LIVS_PER_LINE = 4
+_CURVE_POINTS = 200
+_FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+# Keeps a name readable above the marks behind it.
+_HALO = ", ".join(f"{x}px {y}px 1px var(--surface)" for x in (-1, 1) for y in (-1, 1))
+
+
+def front_figure(run: Run, columns: Mapping[str, Column]) -> go.Figure:
+    """Scatter all candidates, the front and the baselines over the first pair of objectives.
+
+    Every trace carries all columns as `customdata`, in the order of `columns`, so the page can change the axes.
+    """
+    across, up = choose_pairs(run.objectives)[0]
+    members = {member.genome_hash for member in run.front}
+    rest = [candidate for candidate in run.scored if candidate.genome_hash not in members]
+    figure = go.Figure()
+    last = max((candidate.generation for candidate in run.candidates), default=0)
+    figure.add_scatter(
+        **_spots(run, rest, columns, across, up),
+        name="candidates",
+        mode="markers",
+        marker={
+            "size": 7,
+            "color": [candidate.generation for candidate in rest],
+            "cmin": 0,
+            "cmax": max(1, last),
+            "colorscale": [[0, "var(--early)"], [1, "var(--late)"]],
+            "line": {"width": 0.6, "color": "var(--surface)"},
+        },
+    )
+    points = [(_shown(m, across, columns), _shown(m, up, columns)) for m in run.front]
+    steps = lower_left([(x, y) for x, y in points if x is not None and y is not None])
+    figure.add_scatter(
+        x=[x for x, _ in steps],
+        y=[y for _, y in steps],
+        name="front of these two axes",
+        mode="lines",
+        line={"shape": "hv", "width": 1.5, "color": "var(--accent)", "dash": "dot"},
+        hoverinfo="skip",
+    )
+    numbered = len(run.front) <= NUMBERED_FRONT
+    figure.add_scatter(
+        **_spots(run, run.front, columns, across, up),
+        name="front",
+        mode="markers+text" if numbered else "markers",
+        text=[str(number) for number in range(1, len(run.front) + 1)],
+        textfont={"color": "var(--on-accent)", "size": 10},
+        marker={
+            "size": 18 if numbered else 10,
+            "color": "var(--accent)",
+            "line": {"width": 1.5, "color": "var(--surface)"},
+        },
+    )
+    for number, baseline in enumerate(run.scored_baselines):
+        symbol = BASELINE_SYMBOLS[number % 4]
+        figure.add_scatter(
+            **_spots(run, [baseline], columns, across, up),
+            name=escape(baseline.name or baseline.genome_hash),
+            mode="markers+text",
+            text=[escape(baseline.name or baseline.genome_hash)],
+            textposition="top center",
+            textfont={"color": "var(--baseline)", "size": 12, "shadow": _HALO},
+            cliponaxis=False,
+            marker={
+                "size": 11,
+                "symbol": symbol,
+                "color": "var(--baseline)",
+                "line": {"width": 1, "color": "var(--surface)"},
+            },
+        )
+    figure.update_xaxes(**_axis(columns[across]))
+    figure.update_yaxes(**_axis(columns[up]))
+    return _styled(figure, legend=False, hovermode="closest")
+
+
+def hypervolume_figure(progress: Progress) -> go.Figure:
+    """Draw the hypervolume of everything found so far, by generation, and the baselines' own as a line."""
+    figure = go.Figure()
+    figure.add_scatter(
+        x=list(progress.generations),
+        y=list(progress.hypervolume),
+        name="search",
+        mode="lines+markers",
+        line={"color": "var(--accent)", "width": 2.5},
+        marker={"size": 7},
+        cliponaxis=False,
+        fill="tozeroy",
+        fillcolor="var(--accent-soft)",
+        hovertemplate="generation %{x}: %{y:.4f}<extra></extra>",
+    )
+    _add_level(figure, progress.generations, progress.baseline_hypervolume, "the baselines alone", "%{y:.4f}")
+    figure.update_xaxes(**_generation_axis(progress.generations))
+    figure.update_yaxes(title="Hypervolume (share of the box)", rangemode="tozero", tickformat=".2~f")
+    return _styled(figure, legend=progress.baseline_hypervolume is not None, hovermode="x")
+
+
+def best_figure(run: Run, progress: Progress, column: Column) -> go.Figure:
+    """Draw one objective's best value within each generation and so far, and the best baseline's."""
+    values = progress.best[column.key]
+    so_far: list[float | None] = []
+    for value in values:
+        known = [v for v in (value, so_far[-1] if so_far else None) if v is not None]
+        so_far.append(min(known, default=None))
+    figure = go.Figure()
+    figure.add_scatter(
+        x=list(progress.generations),
+        y=[None if value is None else column.scale(value) for value in so_far],
+        name="best so far",
+        mode="lines",
+        line={"shape": "hv", "color": "var(--accent)", "width": 2.5},
+        hovertemplate="best so far: %{y:.5~g}<extra></extra>",
+    )
+    figure.add_scatter(
+        x=list(progress.generations),
+        y=[None if value is None else column.scale(value) for value in values],
+        name="best of the generation",
+        mode="markers",
+        marker={"color": "var(--late)", "size": 7, "line": {"width": 1, "color": "var(--surface)"}},
+        hovertemplate="generation %{x}: %{y:.5~g}<extra></extra>",
+    )
+    best = min((b.metrics[column.key] for b in run.scored_baselines), default=None)
+    _add_level(figure, progress.generations, None if best is None else column.scale(best), "best baseline", "%{y:.5~g}")
+    figure.update_xaxes(**_generation_axis(progress.generations))
+    figure.update_yaxes(title=column.title, type="log" if column.log else "linear")
+    return _styled(figure, legend=False, hovermode="x")
+
+
+def population_figure(run: Run) -> go.Figure:
+    """Stack each LIV class's share of all LIVs in a generation's candidates, and in the front as the last bar."""
+    groups = [
+        (str(generation), [c for c in run.candidates if c.generation == generation]) for generation in run.generations
+    ]
+    if run.front:
+        groups.append(("front", list(run.front)))
+    counts = [Counter(c for member in members for c in liv_classes(member.genome)) for _, members in groups]
+    figure = go.Figure()
+    families = list(FAMILIES)
+    order = sorted(POOL, key=lambda c: (families.index(POOL[c].family), base_class(c), c))
+    for liv_class in order:
+        if not any(count[liv_class] for count in counts):
+            continue
+        pattern = {"shape": "/", "size": 5, "solidity": 0.3, "fgcolor": "var(--hatch)", "fillmode": "overlay"}
+        figure.add_bar(
+            x=[name for name, _ in groups],
+            y=[100 * count[liv_class] / max(1, count.total()) for count in counts],
+            name=POOL[liv_class].name,
+            marker={
+                "color": f"var(--liv-{base_class(liv_class)})",
+                "pattern": pattern if POOL[liv_class].differential else {"shape": ""},
+                "line": {"width": 0.5, "color": "var(--surface)"},
+            },
+            hovertemplate=f"{POOL[liv_class].name}: %{{y:.1f}} %<extra>%{{x}}</extra>",
+        )
+    figure.update_layout(barmode="stack", bargap=0.12)
+    figure.update_xaxes(title="Generation (0 is the initial population)", type="category", showgrid=False)
+    figure.update_yaxes(title="Share of all LIVs (%)", range=[0, 100], tickvals=[0, 25, 50, 75, 100])
+    return _styled(figure, legend=False, hovermode="closest")
+
+
+def curve_figure(run: Run) -> go.Figure:
+    """Draw the training loss of the front and of the baselines by step."""
+    figure = go.Figure()
+    shown = [(f"front {number}", member, False) for number, member in enumerate(run.front, start=1)]
+    shown += [(baseline.name or baseline.genome_hash, baseline, True) for baseline in run.baselines]
+    for name, evaluation, is_baseline in shown:
+        if evaluation.curve:
+            stride = max(1, len(evaluation.curve) // _CURVE_POINTS)
+            points = [*evaluation.curve[:-1:stride], evaluation.curve[-1]]
+            figure.add_scatter(
+                x=[step for step, _ in points],
+                y=[loss for _, loss in points],
+                name=escape(name),
+                mode="lines",
+                line={
+                    "color": "var(--baseline)" if is_baseline else "var(--accent)",
+                    "width": 1.6,
+                    "dash": "dash" if is_baseline else "solid",
+                },
+                opacity=0.9 if is_baseline else 0.6,
+                hovertemplate=f"{escape(name)}, step %{{x}}: %{{y:.4f}}<extra></extra>",
+            )
+    figure.update_xaxes(title="Training step")
+    figure.update_yaxes(title="Training loss (nats per token)", type="log", dtick="D1", minor={"showgrid": False})
+    return _styled(figure, legend=False, hovermode="closest")
+
+
+def _spots(
+    run: Run, evaluations: Sequence[Evaluation], columns: Mapping[str, Column], across: str, up: str
+) -> dict[str, Any]:
+    numbers = {id(member): f"{number} " for number, member in enumerate(run.front, start=1)}
+    return {
+        "x": [_shown(evaluation, across, columns) for evaluation in evaluations],
+        "y": [_shown(evaluation, up, columns) for evaluation in evaluations],
+        "customdata": [[_shown(e, key, columns) for key in columns] for e in evaluations],
+        "hovertext": [_hover(run, e, columns, numbers.get(id(e), "")) for e in evaluations],
+        "hovertemplate": "%{hovertext}<extra></extra>",
+    }
+
+
+def _shown(evaluation: Evaluation, key: str, columns: Mapping[str, Column]) -> float | None:
+    value = value_of(evaluation, key)
+    return None if value is None else float(f"{columns[key].scale(value):.6g}")
+
+
+def _hover(run: Run, evaluation: Evaluation, columns: Mapping[str, Column], number: str) -> str:
+    """Write a genome and all its metrics, in plotly's few HTML tags."""
+    livs = evaluation.genome.split("-")
+    lines = ["-".join(livs[start : start + _LIVS_PER_LINE]) for start in range(0, len(livs), _LIVS_PER_LINE)]
+    where = "baseline" if evaluation.kind == "baseline" else f"generation {evaluation.generation}"
+    head = f"<b>{number}{escape(evaluation.name or evaluation.genome_hash)}</b>, {where}"
+    metrics = [
+        f"{columns[key].label} {escape(columns[key].format_with_unit(evaluation.metrics[key]))}"
+        for key in order_metrics(evaluation.metrics, run.objectives)
+        if key in columns and key in evaluation.metrics
+    ]
+    return "<br>".join([head, *metrics, *(escape(line) for line in lines)])
+
+
+def _add_level(figure: go.Figure, generations: Sequence[int], level: float | None, name: str, form: str) -> None:
+    if level is not None:
+        figure.add_scatter(
+            x=[generations[0], generations[-1]],
+            y=[level, level],
+            name=name,
+            mode="lines+markers" if len(generations) == 1 else "lines",
+            line={"color": "var(--baseline)", "width": 1.5, "dash": "dash"},
+            hovertemplate=f"{name}: {form}<extra></extra>",
+        )
+
+
+def _generation_axis(generations: Sequence[int]) -> dict[str, Any]:
+    step = max(1, len(generations) // 10)
+    return {
+        "title": "Generation (0 is the initial population)",
+        "tickvals": list(generations[::step]),
+        "tickformat": "d",
+    }
+
+
+def _axis(column: Column) -> dict[str, Any]:
+    return {"title": column.title, "type": "log" if column.log else "linear"}
+
+
+def _styled(figure: go.Figure, *, legend: bool, hovermode: str) -> go.Figure:
+    axis = {
+        "gridcolor": "var(--grid)",
+        "linecolor": "var(--line)",
+        "zeroline": False,
+        "showline": True,
+        "automargin": True,
+        "ticks": "",
+        "title_standoff": 12,
+    }
+    figure.update_xaxes(**axis)
+    figure.update_yaxes(**axis)
+    figure.update_layout(
+        template="none",
+        autosize=True,
+        showlegend=legend,
+        hovermode=hovermode,
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        margin={"l": 8, "r": 14, "t": 18, "b": 8},
+        font={"family": _FONT, "size": 12.5, "color": "var(--ink)"},
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"size": 12}},
+        hoverlabel={
+            "bgcolor": "var(--surface)",
+            "bordercolor": "var(--line)",
+            "align": "left",
+            "font": {"color": "var(--ink)", "size": 12, "family": _FONT},
+        },
+        modebar={"bgcolor": "rgba(0,0,0,0)", "color": "var(--soft)", "activecolor": "var(--accent)"},
+    )
+    return figure

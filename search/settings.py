@@ -1,0 +1,230 @@
+"""The settings of a search: presets, checks, and their place in config.json."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from search.train import Precision, TrainConfig, peak_rate
+from star_core import ModelConfig
+
+TRAINED = ("perplexity", "bits_per_byte", "parameters", "cache_bytes")
+MEASURED = ("prefill_ms", "decode_ms_per_token", "train_ms_per_step", "peak_memory_bytes")
+OBJECTIVES = (*TRAINED, *MEASURED, *(f"{name}_ratio" for name in MEASURED))
+"""What can be minimised. Names carry their units; `_ratio` is to Transformer++ of the same depth and width,
+measured interleaved."""
+
+
+class SettingsError(ValueError):
+    """A setting that no search can run with; its text is one sentence for the person who typed it."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides what a search does; two runs with equal settings on equal data evaluate the same genomes.
+
+    Attributes:
+        preset: Name of the preset that these settings began with.
+        objectives: Two to five of `OBJECTIVES`, minimised together.
+        population: Genomes that survive a generation, and genomes asked for in each.
+        generations: Generations, the initial one included.
+        depth: LIVs in a genome.
+        width: Width of the residual stream.
+        head_dim: Channels of an attention head.
+        tokens: Training tokens of each candidate.
+        seq_len: Training length; also the context of `cache_bytes` and of the prefill measurement.
+        batch_size: Sequences in a training step.
+        accumulation: Parts that a training step's batch is cut into, to fit memory.
+        learning_rate: Peak rate of AdamW; None takes `search.train.peak_rate` of the width.
+        warmup_steps: Steps of linear warm-up; None takes a tenth of all.
+        precision: "float32", or "bfloat16" for autocast in training.
+        valid_tokens: Held-out tokens that perplexity is computed on.
+        measure_threads: Threads of the measured model; 0 takes torch's own number.
+        measure_seconds: Time given to the measurement of one candidate's latency and memory.
+        timeout_seconds: Longest life of one candidate's process.
+        data: Files, folders or data set names; empty for the embedded corpus.
+        seed: Seeds the evolution and, with a genome's hash, each training.
+        workers: "processes" (a fresh process for each candidate) or "inline" (all in this one).
+        jobs: Candidates trained at once, one thread each; 0 takes the number of cores.
+    """
+
+    preset: str
+    population: int
+    generations: int
+    depth: int
+    width: int
+    head_dim: int
+    tokens: int
+    seq_len: int
+    batch_size: int
+    valid_tokens: int
+    measure_seconds: float
+    timeout_seconds: float
+    accumulation: int = 1
+    learning_rate: float | None = None
+    warmup_steps: int | None = None
+    precision: Precision = "float32"
+    measure_threads: int = 0
+    objectives: tuple[str, ...] = ("perplexity", "decode_ms_per_token_ratio", "cache_bytes")
+    data: tuple[str, ...] = ()
+    seed: int = 0
+    workers: str = "processes"
+    jobs: int = 0
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.objectives if name not in OBJECTIVES]
+        if unknown:
+            raise SettingsError(f"objectives: unknown {unknown[0]!r}{nearest(unknown[0], OBJECTIVES)}")
+        if not 2 <= len(self.objectives) <= 5 or len(set(self.objectives)) != len(self.objectives):
+            raise SettingsError(
+                f"objectives: needs two to five different names, got {','.join(self.objectives) or 'none'}"
+            )
+        if self.workers not in ("inline", "processes"):
+            raise SettingsError(f"workers: needs inline or processes, got {self.workers!r}")
+        for name, least in (
+            ("population", 4),
+            ("generations", 1),
+            ("depth", 2),
+            ("seq_len", 8),
+            ("batch_size", 1),
+            ("accumulation", 1),
+            ("valid_tokens", 1),
+            ("measure_threads", 0),
+            ("jobs", 0),
+            ("seed", 0),
+        ):
+            if getattr(self, name) < least:
+                raise SettingsError(f"{name}: needs at least {least}, got {getattr(self, name)}")
+        for name in ("learning_rate", "measure_seconds", "timeout_seconds"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise SettingsError(f"{name}: needs a finite number above 0, got {value}")
+        if self.batch_size % self.accumulation:
+            raise SettingsError(
+                f"accumulation: needs a divisor of batch_size = {self.batch_size}, got {self.accumulation}"
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise SettingsError(f"head_dim: needs an even number, got {self.head_dim}")
+        if self.tokens < self.batch_size * self.seq_len:
+            raise SettingsError(
+                f"tokens: needs at least one batch of {self.batch_size} x {self.seq_len} = "
+                f"{self.batch_size * self.seq_len} tokens, got {self.tokens}"
+            )
+        if self.width < 1 or self.width % (4 * self.head_dim):
+            raise SettingsError(
+                f"width: needs a multiple of 4 heads of {self.head_dim} = {4 * self.head_dim}, got {self.width}"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Training steps of each candidate."""
+        return self.tokens // (self.batch_size * self.seq_len)
+
+    @property
+    def timed(self) -> bool:
+        """Whether an objective is measured, and not only counted or trained."""
+        return any(name.removesuffix("_ratio") in MEASURED for name in self.objectives)
+
+    def model_config(self, vocab_size: int) -> ModelConfig:
+        """Return the sizes of every model of the search."""
+        return ModelConfig(width=self.width, head_dim=self.head_dim, vocab_size=vocab_size, time_scale=self.seq_len)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the settings as JSON values."""
+        return asdict(self)
+
+    def train_config(self) -> TrainConfig:
+        """Return how every candidate is trained."""
+        return TrainConfig(
+            tokens=self.tokens,
+            seq_len=self.seq_len,
+            batch_size=self.batch_size,
+            accumulation=self.accumulation,
+            lr=peak_rate(self.width) if self.learning_rate is None else self.learning_rate,
+            warmup_steps=None if self.warmup_steps is None else min(self.warmup_steps, self.steps - 1),
+            precision=self.precision,
+            eval_tokens=self.valid_tokens,
+            threads=1,
+        )
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Settings:
+        """Read what `to_json` wrote; keys of config.json that are not settings are left alone.
+
+        Raises:
+            SettingsError: A setting is missing or out of range.
+        """
+        names = {field.name for field in fields(cls)}
+        chosen: dict[str, Any] = {
+            key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key in names
+        }
+        try:
+            return cls(**chosen)
+        except TypeError as error:
+            raise SettingsError(f"config.json: {error}") from error
+
+
+_LAPTOP = Settings(
+    preset="laptop",
+    population=12,
+    generations=5,
+    depth=8,
+    width=64,
+    head_dim=16,
+    tokens=131_072,
+    seq_len=128,
+    batch_size=8,
+    valid_tokens=32_768,
+    measure_seconds=1.6,
+    measure_threads=1,
+    timeout_seconds=300.0,
+)
+# Thomas et al. 2024, section 4 and appendix: 24 LIVs of width 768, 1.3 B tokens a candidate at length 4096,
+# population 16, 18 generations,
+# AdamW peak 8e-4 after 500 steps; the 1 B scale has 48 LIVs of width 2048 and trains on 40 B tokens.
+_PAPER_125M = replace(
+    _LAPTOP,
+    preset="paper-125m",
+    population=16,
+    generations=18,
+    depth=24,
+    width=768,
+    head_dim=64,
+    tokens=1_300_000_000,
+    seq_len=4096,
+    batch_size=64,
+    accumulation=8,
+    warmup_steps=500,
+    precision="bfloat16",
+    valid_tokens=4_194_304,
+    measure_seconds=60.0,
+    measure_threads=0,
+    timeout_seconds=7 * 86_400.0,
+)
+PRESETS: Mapping[str, Settings] = {
+    "laptop": _LAPTOP,
+    "smoke": replace(
+        _LAPTOP,
+        preset="smoke",
+        population=4,
+        generations=2,
+        depth=4,
+        tokens=16_384,
+        seq_len=64,
+        valid_tokens=4_096,
+        measure_seconds=0.4,
+    ),
+    "paper-125m": _PAPER_125M,
+    "paper-1b": replace(
+        _PAPER_125M, preset="paper-1b", depth=48, width=2048, tokens=40_000_000_000, timeout_seconds=60 * 86_400.0
+    ),
+}
+
+
+def nearest(name: str, known: tuple[str, ...]) -> str:
+    """Return "; did you mean X?" or the list of what is known, for the end of a message."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; needs one of {', '.join(known)}"

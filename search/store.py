@@ -1,0 +1,254 @@
+"""The run folder: the log of evaluations in SQLite, the settings, the front, and the weights worth keeping.
+
+The driver is the only writer. Whatever is in `run.db` has happened; whatever is not, has not: a search that goes on
+after a kill asks for the same genomes in the same order and finds their results here.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import sqlite3
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from search.nsga2 import non_dominated
+
+
+class Status(StrEnum):
+    """How an evaluation ended."""
+
+    OK = "OK"
+    INVALID = "INVALID"
+    NAN = "NAN"
+    OOM = "OOM"
+    TIMEOUT = "TIMEOUT"
+    CRASH = "CRASH"
+
+
+class RunFolderError(Exception):
+    """The run folder can't be used as asked; its text is one sentence for the person who asked."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One row of the log.
+
+    Attributes:
+        genome: Canonical text.
+        genome_hash: Its hash.
+        status: How it ended.
+        seed: Seed of its training.
+        generation: From 0; -1 for a baseline.
+        metrics: Objective name to value; empty unless the status is OK.
+        seconds: Time taken, training and measurement.
+        error: Why it failed, or None.
+        kind: "candidate" or "baseline".
+        name: A baseline's name.
+        parents: Hashes of the parents.
+        repaired: Whether the genome came out of variation invalid and was repaired.
+        curve: Training loss in nats by step.
+    """
+
+    genome: str
+    genome_hash: str
+    status: Status
+    seed: int
+    generation: int
+    metrics: Mapping[str, float]
+    seconds: float
+    error: str | None = None
+    kind: str = "candidate"
+    name: str | None = None
+    parents: tuple[str, ...] = ()
+    repaired: bool = False
+    curve: tuple[tuple[int, float], ...] = field(default=(), repr=False)
+
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS evaluations (
+    id INTEGER PRIMARY KEY,
+    kind TEXT NOT NULL,
+    name TEXT,
+    genome TEXT NOT NULL,
+    genome_hash TEXT NOT NULL,
+    status TEXT NOT NULL,
+    seed INTEGER NOT NULL,
+    generation INTEGER NOT NULL,
+    metrics TEXT NOT NULL,
+    seconds REAL NOT NULL,
+    error TEXT,
+    parents TEXT NOT NULL,
+    repaired INTEGER NOT NULL,
+    curve TEXT NOT NULL,
+    UNIQUE (kind, genome_hash)
+);
+"""
+_COLUMNS = (
+    "kind, name, genome, genome_hash, status, seed, generation, metrics, seconds, error, parents, repaired, curve"
+)
+
+
+class Store:
+    """One run folder, opened for writing by one driver at a time.
+
+    Raises:
+        RunFolderError: Another search is writing to the folder, or its database is not one.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.work = root / "work"
+        self.best = root / "best"
+        for folder in (root, self.work, self.best):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (root / "run.lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._lock.close()
+            raise RunFolderError(f"{root}: another search is writing to this run folder") from error
+        try:
+            self._db = sqlite3.connect(root / "run.db")
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._db.executescript(_SCHEMA)
+        except sqlite3.DatabaseError as error:
+            self._lock.close()
+            raise _translated(error, root) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the database and let another driver in."""
+        self._db.close()
+        self._lock.close()
+
+    def add(self, evaluation: Evaluation) -> None:
+        """Append one evaluation; it is on disk when this returns."""
+        values = (
+            evaluation.kind,
+            evaluation.name,
+            evaluation.genome,
+            evaluation.genome_hash,
+            evaluation.status.value,
+            evaluation.seed,
+            evaluation.generation,
+            json.dumps(dict(evaluation.metrics)),
+            evaluation.seconds,
+            evaluation.error,
+            json.dumps(evaluation.parents),
+            int(evaluation.repaired),
+            json.dumps(evaluation.curve),
+        )
+        marks = ", ".join("?" * len(values))
+        try:
+            with self._db:
+                self._db.execute(f"INSERT INTO evaluations ({_COLUMNS}) VALUES ({marks})", values)
+        except sqlite3.DatabaseError as error:
+            raise _translated(error, self.root) from error
+
+    def find(self, genome_hash: str) -> Evaluation | None:
+        """Return the evaluation of a genome, whoever asked for it."""
+        rows = self._db.execute(f"SELECT {_COLUMNS} FROM evaluations WHERE genome_hash = ? LIMIT 1", (genome_hash,))
+        row = rows.fetchone()
+        return None if row is None else _from_row(row)
+
+    def evaluations(self) -> list[Evaluation]:
+        """Return every evaluation in the order of the log."""
+        return [_from_row(row) for row in self._db.execute(f"SELECT {_COLUMNS} FROM evaluations ORDER BY id")]
+
+    def keep_front(self, objectives: Iterable[str]) -> list[Evaluation]:
+        """Write front.json, move the front's weights to best/, and delete the weights of all others.
+
+        Returns:
+            The candidates that no other candidate dominates, sorted by the first objective.
+        """
+        names = list(objectives)
+        front = front_of(self.evaluations(), names)
+        rows = [{"genome": e.genome, "genome_hash": e.genome_hash, "metrics": dict(e.metrics)} for e in front]
+        write_json(self.root / "front.json", rows)
+        kept = {f"{e.genome_hash}.safetensors" for e in front}
+        for path in self.work.glob("*.safetensors"):
+            if path.name in kept:
+                path.replace(self.best / path.name)
+            else:
+                path.unlink()
+        for path in self.best.glob("*.safetensors"):
+            if path.name not in kept:
+                path.unlink()
+        return front
+
+
+def front_of(evaluations: Iterable[Evaluation], objectives: list[str]) -> list[Evaluation]:
+    """Return the candidates of `evaluations` that no other dominates, sorted by the first objective."""
+    candidates = [e for e in evaluations if e.kind == "candidate" and e.status is Status.OK]
+    if not candidates:
+        return []
+    points = [[e.metrics[name] for name in objectives] for e in candidates]
+    return sorted(
+        (candidates[i] for i in np.flatnonzero(non_dominated(points))),
+        key=lambda e: (e.metrics[objectives[0]], e.genome_hash),
+    )
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace a JSON file in one step, so that a reader or a kill never meets half of one."""
+    text = json.dumps(value, indent=2) + "\n"
+    temporary = path.with_suffix(path.suffix + ".new")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        RunFolderError: It is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunFolderError(f"{path}: not there, so this is no run folder") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunFolderError(f"{path}: not readable as JSON ({error})") from error
+
+
+def _from_row(row: tuple[Any, ...]) -> Evaluation:
+    kind, name, genome, genome_hash, status, seed, generation, metrics, seconds, error, parents, repaired, curve = row
+    return Evaluation(
+        genome=genome,
+        genome_hash=genome_hash,
+        status=Status(status),
+        seed=seed,
+        generation=generation,
+        metrics=json.loads(metrics),
+        seconds=seconds,
+        error=error,
+        kind=kind,
+        name=name,
+        parents=tuple(json.loads(parents)),
+        repaired=bool(repaired),
+        curve=tuple((step, loss) for step, loss in json.loads(curve)),
+    )
+
+
+def _translated(error: sqlite3.DatabaseError, root: Path) -> Exception:
+    """Tell a full disk, which passes, from a database that is none."""
+    if "disk is full" in str(error) or "disk I/O error" in str(error):
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(root / "run.db"))
+    return RunFolderError(f"{root / 'run.db'}: {error}")

@@ -1,0 +1,138 @@
+"""What a person sees while a search runs: a live panel in a terminal, a line for each evaluation elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from search.evaluate import Task
+from search.report_metrics import column_for, format_seconds
+from search.settings import Settings
+from search.store import Evaluation, Status, front_of
+
+NUM_BASELINES = 4
+
+
+class View:
+    """Shows a search. Use as a context; call `training`, `measuring` and `done` as things happen.
+
+    Args:
+        settings: Of the search.
+        console: Where to show it.
+    """
+
+    def __init__(self, settings: Settings, console: Console) -> None:
+        self.settings = settings
+        self.console = console
+        self.total = settings.population * settings.generations + NUM_BASELINES
+        self.evaluations: list[Evaluation] = []
+        self._fresh = 0
+        self._started = time.monotonic()
+        self._bars: dict[str, TaskID] = {}
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[loss]}"),
+            TimeElapsedColumn(),
+            console=console,
+        )
+        self._live = Live(console=console, refresh_per_second=4, get_renderable=self._render, transient=True)
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.console.is_terminal:
+            self._live.stop()
+
+    def training(self, task: Task, step: int, loss: float) -> None:
+        """Show how far a candidate's training is."""
+        bar = self._bar(task, "train", self.settings.steps)
+        self._progress.update(bar, completed=step, loss=f"loss {loss:.3f} nats")
+
+    def measuring(self, task: Task) -> None:
+        """Show that a candidate is being measured."""
+        self._bar(task, "measure", None)
+
+    def trained(self, task: Task) -> None:
+        """Take a candidate's bar away: it waits for the others of its generation."""
+        self._drop(task.genome_hash)
+
+    def done(self, evaluation: Evaluation, fresh: bool) -> None:
+        """Count an evaluation; `fresh` is false where it was read from the log."""
+        self._drop(evaluation.genome_hash)
+        self.evaluations.append(evaluation)
+        self._fresh += fresh
+        if not self.console.is_terminal and fresh:
+            self.console.print(self._line(evaluation), soft_wrap=True, highlight=False, markup=False)
+
+    def _bar(self, task: Task, verb: str, total: int | None) -> TaskID:
+        key = task.genome_hash
+        if key not in self._bars:
+            self._bars[key] = self._progress.add_task(f"{verb:<7} {key[:8]}", total=total, loss="")
+        return self._bars[key]
+
+    def _drop(self, key: str) -> None:
+        if (bar := self._bars.pop(key, None)) is not None:
+            self._progress.remove_task(bar)
+
+    def _line(self, evaluation: Evaluation) -> str:
+        where = evaluation.name or f"generation {evaluation.generation}"
+        if evaluation.status is Status.OK:
+            shown = "  ".join(f"{name} {_shown(name, evaluation.metrics[name])}" for name in self.settings.objectives)
+        else:
+            shown = f"{evaluation.status}: {evaluation.error}"
+        return f"[{len(self.evaluations)}/{self.total}] {where}  {evaluation.genome_hash[:8]}  {shown}"
+
+    def _left(self) -> str:
+        remaining = self.total - len(self.evaluations)
+        if not self._fresh or not remaining:
+            return ""
+        seconds = (time.monotonic() - self._started) / self._fresh * remaining
+        return f"about {format_seconds(seconds)} left"
+
+    def _render(self) -> Panel:
+        settings = self.settings
+        candidates = [e for e in self.evaluations if e.kind == "candidate"]
+        front = front_of(self.evaluations, list(settings.objectives))
+        generation = max((e.generation for e in self.evaluations), default=-1)
+        title = "baselines" if generation < 0 else f"generation {generation + 1} of {settings.generations}"
+        head = Text(
+            f"{title}   {len(self.evaluations)} of {self.total} evaluated   front {len(front)}   {self._left()}"
+        )
+        table = Table("minimised", "best so far", "initial population", "best baseline", box=None, pad_edge=False)
+        initial = [e for e in candidates if e.generation == 0]
+        baselines = [e for e in self.evaluations if e.kind == "baseline"]
+        for name in settings.objectives:
+            table.add_row(name, *(_best(group, name) for group in (candidates, initial, baselines)))
+        failures = Counter(e.status.value for e in self.evaluations if e.status is not Status.OK)
+        foot = Text(
+            "failed: " + ", ".join(f"{count} {status}" for status, count in failures.items()) if failures else ""
+        )
+        return Panel(Group(head, table, self._progress, foot), title=f"star search, {settings.preset}")
+
+
+def _best(evaluations: list[Evaluation], name: str) -> str:
+    values = [e.metrics[name] for e in evaluations if e.status is Status.OK]
+    return _shown(name, min(values)) if values else "-"
+
+
+def _shown(name: str, value: float) -> str:
+    """Write a value; its unit is in its name, unless it is scaled."""
+    column = column_for(name, [value])
+    scaled = column.factor != 1 or name.endswith("_ratio")
+    return column.format_with_unit(value) if scaled else column.format(value)

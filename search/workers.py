@@ -1,0 +1,248 @@
+"""Where candidates are evaluated: in this process, or each in a fresh one.
+
+A fresh process is forked from a server that has torch imported and has never run it, which takes some 20 ms where a
+new interpreter takes two seconds. It leads a process group of its own, writes its output to a log in the run folder,
+and ends itself when the driver is gone, however the driver went.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, ForkServerProcess
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from search.evaluate import Outcome, Task, run_task
+from search.store import Status, read_json
+
+GRACE_SECONDS = 30.0
+"""What a process gets beyond its deadline, which it watches itself, before its group is killed."""
+
+REPORT_SECONDS = 0.25
+"""Least time between two reports of a training's progress."""
+
+PRELOADED = ["search.run", "torch._dynamo"]
+"""What the server imports once for all: the first optimizer of a process imports torch._dynamo, for 1.4 s, and a
+child of
+`python -m search.run` runs that module's imports again."""
+
+_DISK_FULL = 77  # exit code of a process that met a full disk
+
+Progress = Callable[[Task, int, float], None]
+"""Called with a task, its training step and the loss."""
+
+
+class Workers(Protocol):
+    """Does tasks; yields each with its outcome once it is done, in any order."""
+
+    def run(self, tasks: Sequence[Task], jobs: int, progress: Progress) -> Iterator[tuple[Task, Outcome]]:
+        """Do `tasks`, at most `jobs` at a time. A task whose result file is there already is not done again.
+
+        Raises:
+            OSError: The disk is full.
+        """
+        ...
+
+    def close(self) -> None:
+        """End whatever still runs."""
+        ...
+
+
+def make_workers(kind: str) -> Workers:
+    """Return the workers of `Settings.workers`: "processes" or "inline"."""
+    return ProcessWorkers() if kind == "processes" else InlineWorkers()
+
+
+class InlineWorkers:
+    """Does every task in this process, one after the other: for debuggers, and where processes can't be started."""
+
+    def run(self, tasks: Sequence[Task], jobs: int, progress: Progress) -> Iterator[tuple[Task, Outcome]]:
+        """See `Workers`."""
+        for task in tasks:
+            yield task, _finished(task) or run_task(task, functools.partial(progress, task))
+
+    def close(self) -> None:
+        """See `Workers`; nothing is left to end."""
+
+
+@dataclass
+class _Running:
+    task: Task
+    process: ForkServerProcess
+    connection: Connection
+    started: float
+
+    @property
+    def overdue(self) -> bool:
+        return time.monotonic() - self.started > self.task.settings.timeout_seconds + GRACE_SECONDS
+
+
+class ProcessWorkers:
+    """Does each task in a fresh process, and tells how those ended that could not tell themselves."""
+
+    def __init__(self) -> None:
+        self._context: ForkServerContext = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOADED)
+        self._running: list[_Running] = []
+
+    def run(self, tasks: Sequence[Task], jobs: int, progress: Progress) -> Iterator[tuple[Task, Outcome]]:
+        """See `Workers`."""
+        waiting = list(tasks)
+        while waiting or self._running:
+            while waiting and len(self._running) < jobs:
+                task = waiting.pop(0)
+                if (outcome := _finished(task)) is not None:
+                    yield task, outcome
+                else:
+                    self._running.append(self._start(task, jobs))
+            for running in self._step(progress):
+                yield running.task, _outcome(running)
+
+    def _start(self, task: Task, jobs: int) -> _Running:
+        ours, theirs = self._context.Pipe(duplex=False)
+        limit = _physical_memory() // max(1, jobs)
+        process = self._context.Process(target=_main, args=(task, theirs, limit), daemon=True)
+        process.start()
+        theirs.close()
+        return _Running(task, process, ours, time.monotonic())
+
+    def _step(self, progress: Progress) -> list[_Running]:
+        """Wait a moment for news; pass progress on, and return those that ended."""
+        if not self._running:
+            return []
+        wait(
+            [item for running in self._running for item in (running.process.sentinel, running.connection)], timeout=1.0
+        )
+        ended = []
+        for running in list(self._running):
+            _drain(running, progress)
+            if running.process.exitcode is None and running.overdue:
+                _kill_group(running.process)
+            if running.process.exitcode is not None:
+                running.process.join()
+                # The leader's end does not end what it started.
+                _kill_group(running.process)
+                running.connection.close()
+                self._running.remove(running)
+                ended.append(running)
+        return ended
+
+    def close(self) -> None:
+        """See `Workers`."""
+        for running in self._running:
+            _kill_group(running.process)
+            running.process.join()
+            running.connection.close()
+        self._running.clear()
+
+
+def _finished(task: Task) -> Outcome | None:
+    """Return the outcome that an earlier driver's process left, if it did."""
+    return Outcome.from_json(read_json(task.result_path)) if task.result_path.exists() else None
+
+
+def _drain(running: _Running, progress: Progress) -> None:
+    try:
+        while running.connection.poll():
+            step, loss = running.connection.recv()
+            progress(running.task, step, loss)
+    except (EOFError, ConnectionResetError):
+        # The process has closed its end: it is ending, and its exit code tells how.
+        return
+
+
+def _outcome(running: _Running) -> Outcome:
+    """Return what the process wrote or, where it could not write, what its end says."""
+    task, code, seconds = running.task, running.process.exitcode, time.monotonic() - running.started
+    if code == _DISK_FULL:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(task.work))
+    if (outcome := _finished(task)) is not None:
+        return outcome
+    if running.overdue:
+        return Outcome(Status.TIMEOUT, {}, seconds, f"no result {GRACE_SECONDS:.0f} s past its deadline; killed")
+    if code is not None and code < 0:
+        end = f"killed by {signal.Signals(-code).name}"
+    else:
+        end = f"ended with exit code {code} and no result"
+    log = _log_path(task)
+    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+    return Outcome(Status.CRASH, {}, seconds, f"{end}: {lines[-1]}" if lines else end)
+
+
+def _log_path(task: Task) -> Path:
+    return task.result_path.with_suffix(".log")
+
+
+def _kill_group(process: ForkServerProcess) -> None:
+    """Kill the process and all that it started. Before it leads its own group, it has started nothing."""
+    assert process.pid is not None
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        if process.exitcode is None:
+            process.kill()
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _private_memory() -> int:
+    """Return the bytes that RLIMIT_DATA counts of this process."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmData"].split()[0]) * 1024
+
+
+def _main(task: Task, connection: Connection, memory_bytes: int) -> None:
+    """Run in the fresh process."""
+    os.setsid()
+    threading.Thread(target=_end_with_driver, daemon=True).start()
+    log = os.open(_log_path(task), os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(log, stream.fileno())
+    if sys.platform == "linux":
+        # Counts private memory alone, and that of the imports comes on top; elsewhere the limit also counts mapped
+        # files
+        # or is not kept at all.
+        limit = _private_memory() + memory_bytes
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    threads = 1 if task.stage == "train" else task.settings.measure_threads
+    if threads:
+        torch.set_num_threads(threads)
+    last = 0.0
+
+    def report(step: int, loss: float) -> None:
+        nonlocal last
+        if time.monotonic() - last >= REPORT_SECONDS:
+            last = time.monotonic()
+            connection.send((step, loss))
+
+    try:
+        run_task(task, report)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        os._exit(_DISK_FULL)
+    _log_path(task).unlink()
+
+
+def _end_with_driver() -> None:
+    """Wait until the driver is gone, then end this process and all that it started."""
+    driver = multiprocessing.parent_process()
+    assert driver is not None
+    wait([driver.sentinel])
+    os.killpg(0, signal.SIGKILL)

@@ -1,0 +1,64 @@
+"""What every LIV module has in common: its call, the tensors it shares, and the state it keeps."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from star_core.cache import State, StateSpec
+
+Features = dict[str, Tensor]
+"""Tensors of feature groups by name, such as {"k": ..., "v": ...}."""
+
+
+class LIV(nn.Module):
+    """A linear input-varying layer: y = T(x) x, with T built from feature groups.
+
+    A subclass is called as `y, features = liv(x, reused=..., state=..., offset=...)`.
+
+    Attributes:
+        reuse: Names of the feature groups whose tensors come from an earlier LIV; this LIV has no weights for them.
+    """
+
+    reuse: frozenset[str]
+
+    def forward(
+        self, x: Tensor, *, reused: Features | None = None, state: State | None = None, offset: int = 0
+    ) -> tuple[Tensor, Features]:
+        """Mix `x` along time and channels.
+
+        Args:
+            x: Normed residual stream, [B, T, width].
+            reused: Tensors of the groups in `reuse`, as the source LIV returned them in this same forward pass.
+            state: This LIV's part of the cache, updated in place. None: a full pass with nothing before it.
+            offset: Tokens that the state has already seen.
+        Returns:
+            Output [B, T, width], and the tensors that a later LIV may reuse.
+        """
+        raise NotImplementedError
+
+    def state_spec(self, batch_size: int, max_length: int, dtype: torch.dtype) -> dict[str, StateSpec]:
+        """Shapes and dtypes of the state for `max_length` tokens of `batch_size` sequences; `dtype` is the weights'."""
+        raise NotImplementedError
+
+
+def state_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of states beside weights of `dtype`: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def init_linear_(weight: Tensor, scale: float = 1.0) -> None:
+    """Fill a [out, in] weight with normal values of standard deviation `scale / sqrt(in)`: outputs keep the
+    inputs' size."""
+    nn.init.normal_(weight, std=scale * weight.shape[-1] ** -0.5)
+
+
+class OutputProjection(nn.Linear):
+    """The dense channel mixing that ends a LIV and writes to the residual stream."""
+
+    def __init__(self, in_features: int, width: int) -> None:
+        super().__init__(in_features, width, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Draw the weights; `LanguageModel` scales them down by the depth afterwards."""
+        init_linear_(self.weight)

@@ -1,0 +1,131 @@
+"""From a class of the pool to its modules: featurizers that may be shared, and the LIVs that call them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from torch import nn
+
+from star_core.genome import LIVClass, TokenMixing
+from star_core.liv._base import LIV
+from star_core.liv.attention import Attention
+from star_core.liv.convolution import GatedLongConv, GatedShortConv
+from star_core.liv.differential import Differential
+from star_core.liv.featurizer import (
+    AttentionFeaturizer,
+    ConvolutionFeaturizer,
+    ExplicitFilter,
+    ImplicitFilter,
+    MemorylessFeaturizer,
+    RecurrenceFeaturizer,
+)
+from star_core.liv.memoryless import GatedMemoryless
+from star_core.liv.recurrence import Recurrence
+
+Featurizer = AttentionFeaturizer | RecurrenceFeaturizer | ConvolutionFeaturizer | MemorylessFeaturizer
+
+FEATURIZER_TAPS = 4
+"""Length of the short convolutions inside featurizers of classes 2, 5 and 6, as in Mamba."""
+
+
+@dataclass(frozen=True)
+class LIVShape:
+    """Sizes that the layers take from the model's configuration.
+
+    Attributes:
+        width: Width of the residual stream.
+        head_dim: Channels of an attention head.
+        time_scale: Tokens that the implicit filters call 1.
+        rope_base: Base of the rotary frequencies.
+    """
+
+    width: int
+    head_dim: int
+    time_scale: int
+    rope_base: float
+
+
+def build_featurizer(liv: LIVClass, shape: LIVShape, computed: Collection[str]) -> nn.ModuleList:
+    """Make the featurizer of one LIV or one sharing group: one module, or two for a differential class.
+
+    Args:
+        liv: Class of the LIVs served.
+        shape: Sizes.
+        computed: Of the feature groups that can be reused, those that some LIV served computes itself.
+    """
+    return nn.ModuleList(_featurizer(liv, shape, computed) for _ in range(2 if liv.differential else 1))
+
+
+def build_liv(liv: LIVClass, shape: LIVShape, featurizers: nn.ModuleList, reuse: Collection[str]) -> LIV:
+    """Make one LIV on the featurizers of its sharing group.
+
+    Args:
+        liv: Its class.
+        shape: Sizes.
+        featurizers: What `build_featurizer` made for this class.
+        reuse: Feature groups whose tensors come from an earlier LIV.
+    """
+    parts = [_liv(liv, shape, featurizer, reuse) for featurizer in featurizers]
+    return Differential(*parts) if liv.differential else parts[0]
+
+
+def _kv_heads(liv: LIVClass, shape: LIVShape) -> int:
+    heads, remainder = divmod(shape.width, shape.head_dim)
+    repeat = liv.featurizer["k"].repeat
+    if remainder or heads % repeat:
+        raise ValueError(
+            f"width: {liv.name} needs a multiple of head_dim * {repeat} = {shape.head_dim * repeat}, got {shape.width}"
+        )
+    return heads // repeat
+
+
+def _hidden(liv: LIVClass, shape: LIVShape, group: str) -> int:
+    return liv.featurizer[group].expansion * shape.width
+
+
+def _featurizer(liv: LIVClass, shape: LIVShape, computed: Collection[str]) -> Featurizer:
+    width = shape.width
+    if liv.family == "attention":
+        kv = _kv_heads(liv, shape)
+        heads = {"q": width // shape.head_dim} | {name: kv for name in ("k", "v") if name in computed}
+        toeplitz = liv.featurizer["q"].token_mixing is TokenMixing.SCALED_TOEPLITZ
+        return AttentionFeaturizer(width, heads, shape.head_dim, FEATURIZER_TAPS if toeplitz else 0)
+    if liv.family == "recurrence":
+        groups = [name for name in ("B", "C") if name in computed]
+        return RecurrenceFeaturizer(
+            width, _hidden(liv, shape, "x"), liv.featurizer["B"].expansion, groups, FEATURIZER_TAPS
+        )
+    if liv.family == "memoryless":
+        return MemorylessFeaturizer(width, _hidden(liv, shape, "gate"))
+    groups = [name for name in ("v", "B", "C") if name != "B" or name in computed]
+    filter: ExplicitFilter | ImplicitFilter | None = None
+    if "K" in computed:
+        short = liv.family == "short_conv"
+        filter = (
+            ExplicitFilter(width, liv.featurizer["K"].expansion) if short else ImplicitFilter(width, shape.time_scale)
+        )
+    return ConvolutionFeaturizer(width, groups, filter)
+
+
+def _liv(liv: LIVClass, shape: LIVShape, featurizer: nn.Module, reuse: Collection[str]) -> LIV:
+    width = shape.width
+    if isinstance(featurizer, AttentionFeaturizer):
+        return Attention(
+            featurizer,
+            width=width,
+            heads=width // shape.head_dim,
+            kv_heads=_kv_heads(liv, shape),
+            head_dim=shape.head_dim,
+            reuse=reuse,
+            rope_base=shape.rope_base,
+        )
+    if isinstance(featurizer, RecurrenceFeaturizer):
+        state_size = liv.featurizer["B"].expansion
+        return Recurrence(featurizer, width=width, inner=_hidden(liv, shape, "x"), state_size=state_size, reuse=reuse)
+    if isinstance(featurizer, MemorylessFeaturizer):
+        return GatedMemoryless(featurizer, width=width, hidden=_hidden(liv, shape, "gate"))
+    assert isinstance(featurizer, ConvolutionFeaturizer)
+    if liv.family == "short_conv":
+        return GatedShortConv(featurizer, width=width, taps=liv.featurizer["K"].expansion, reuse=reuse)
+    return GatedLongConv(featurizer, width=width, reuse=reuse)

@@ -1,0 +1,41 @@
+"""Gated memoryless unit: LIV class GMemless."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from star_core.cache import State, StateSpec
+from star_core.liv._base import LIV, Features, OutputProjection
+from star_core.liv.featurizer import MemorylessFeaturizer
+from star_kernels import swiglu
+
+
+class GatedMemoryless(LIV):
+    """y = out(SiLU(gate) * value): each token alone, every channel with every other.
+
+    Source: Shazeer, GLU Variants Improve Transformer, 2020, arXiv 2002.05202 (SwiGLU).
+
+    Args:
+        featurizer: Makes gate and value; may be shared with other LIVs.
+        width: Width of the residual stream.
+        hidden: Channels of gate and value.
+    """
+
+    reuse = frozenset[str]()
+
+    def __init__(self, featurizer: MemorylessFeaturizer, *, width: int, hidden: int) -> None:
+        super().__init__()
+        self.featurizer = featurizer
+        self.out = OutputProjection(hidden, width)
+
+    def forward(
+        self, x: Tensor, *, reused: Features | None = None, state: State | None = None, offset: int = 0
+    ) -> tuple[Tensor, Features]:
+        """See `LIV`. Shares nothing and keeps nothing."""
+        groups = self.featurizer(x, ("gate", "value"))
+        return self.out(swiglu(groups["gate"], groups["value"])), {}
+
+    def state_spec(self, batch_size: int, max_length: int, dtype: torch.dtype) -> dict[str, StateSpec]:
+        """No state."""
+        return {}

@@ -1,0 +1,299 @@
+"""From a genome to a network: the backbone of LIVs, and the language model around it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from os import PathLike
+from typing import Self
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from star_core.cache import Cache, StateSpec
+from star_core.genome import POOL, Genome, validate
+from star_core.liv import LIV, Features, build_featurizer, build_liv
+from star_core.liv._base import OutputProjection
+from star_core.liv.build import LIVShape
+from star_kernels import add_rms_norm, linear_cross_entropy, rms_norm
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of a language model; with a genome they say all there is to build.
+
+    Attributes:
+        width: Width of the residual stream; a multiple of `head_dim`, and of 4 (2) times it for SA-3 (SA-4).
+        head_dim: Channels of an attention head; even.
+        vocab_size: Tokens known; 256 for bytes.
+        time_scale: Tokens that the implicit filters of long convolutions call 1, usually the training length.
+            Longer inputs work.
+        rope_base: Base of the rotary frequencies.
+        norm_eps: Added to the mean square in RMSNorm.
+    """
+
+    width: int = 128
+    head_dim: int = 32
+    vocab_size: int = 256
+    time_scale: int = 1024
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("width", "head_dim", "vocab_size", "time_scale"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: needs a positive integer, got {value!r}")
+        if self.head_dim % 2 or self.width % self.head_dim:
+            raise ValueError(f"head_dim: needs an even divisor of width = {self.width}, got {self.head_dim}")
+
+
+class Backbone(nn.Module):
+    """The LIVs of a genome, pre-normed, each added to the residual stream.
+
+    Featurizers that LIVs share are one module; tensors that LIVs share are computed once a pass, by the first of them.
+
+    Raises:
+        ValueError: The genome is not valid, or the sizes do not fit one of its classes.
+    """
+
+    def __init__(self, genome: Genome, config: ModelConfig) -> None:
+        super().__init__()
+        if violations := validate(genome):
+            raise ValueError(f"genome: {genome} is not valid: {'; '.join(item.message for item in violations)}")
+        self.genome = genome
+        self.eps = config.norm_eps
+        shape = LIVShape(config.width, config.head_dim, config.time_scale, config.rope_base)
+        classes = [POOL[genes.liv_class] for genes in genome.livs]
+        sharing = genome.sharing()
+        self.tensor_source = [dict(sources) for sources in sharing.tensor_source]
+        # A featurizer has weights for a group as soon as one LIV that it serves computes that group.
+        computed: dict[int, set[str]] = {}
+        for index, first in enumerate(sharing.featurizer_source):
+            groups = {"k", "v", "B", "C", "K"} - self.tensor_source[index].keys()
+            computed.setdefault(first, set()).update(groups)
+        featurizers = {first: build_featurizer(classes[first], shape, groups) for first, groups in computed.items()}
+        self.livs = nn.ModuleList(
+            build_liv(liv, shape, featurizers[first], self.tensor_source[index].keys())
+            for index, (liv, first) in enumerate(zip(classes, sharing.featurizer_source, strict=True))
+        )
+        self.norms = nn.ParameterList(nn.Parameter(torch.ones(config.width)) for _ in range(len(classes) + 1))
+        # Features are kept no longer than the last LIV that reuses them.
+        self.last_use: dict[int, int] = {}
+        for index, sources in enumerate(self.tensor_source):
+            self.last_use.update(dict.fromkeys(sources.values(), index))
+
+    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
+        """Run `x` [B, T, width] through every LIV and the final norm, continuing from and extending `cache` where
+        there is one."""
+        offset = 0
+        if cache is not None:
+            cache.require_room(x.shape[0], x.shape[1])
+            offset = cache.length
+        features: dict[int, Features] = {}
+        h, residual = rms_norm(x, self.norms[0], eps=self.eps), x
+        for index, liv in enumerate(self.livs):
+            y, shared = liv(
+                h,
+                reused=self._reused(index, features),
+                state=None if cache is None else cache.states[index],
+                offset=offset,
+            )
+            if index in self.last_use:
+                features[index] = shared
+            features = {source: kept for source, kept in features.items() if self.last_use[source] > index}
+            h, residual = add_rms_norm(y, residual, self.norms[index + 1], eps=self.eps)
+        if cache is not None:
+            cache.length += x.shape[1]
+        return h
+
+    def _reused(self, index: int, features: dict[int, Features]) -> Features:
+        """Gather what LIV `index` reuses: "k", or "positive.k" and "negative.k" of a differential LIV."""
+        return {
+            name: tensor
+            for group, source in self.tensor_source[index].items()
+            for name, tensor in features[source].items()
+            if name.rpartition(".")[2] == group
+        }
+
+    def state_specs(self, batch_size: int, max_length: int, dtype: torch.dtype) -> list[dict[str, StateSpec]]:
+        """Return what each LIV keeps for `max_length` tokens of `batch_size` sequences."""
+        specs = []
+        for liv in self.livs:
+            assert isinstance(liv, LIV)
+            specs.append(liv.state_spec(batch_size, max_length, dtype))
+        return specs
+
+
+class LanguageModel(nn.Module):
+    """A causal language model with the backbone that a genome describes, and one embedding for input and output.
+
+    The embedding is scaled by sqrt(width) on its way in, as in Gemma (arXiv 2403.08295), so that tied weights of
+    variance 1/width give a residual stream and logits of variance 1.
+
+    Args:
+        genome: What to build.
+        config: Its sizes.
+        seed: Seeds the initial weights; None takes torch's global generator as it stands.
+
+    Raises:
+        ValueError: As `Backbone`.
+    """
+
+    def __init__(self, genome: Genome, config: ModelConfig, *, seed: int | None = None) -> None:
+        super().__init__()
+        self.config = config
+        with _seeded(seed):
+            self.embedding = nn.Parameter(torch.randn(config.vocab_size, config.width) * config.width**-0.5)
+            # also the output layer, whose scale decides the logits
+            self.embedding._no_weight_decay = True  # type: ignore[attr-defined]
+            self.backbone = Backbone(genome, config)
+            scale = (
+                2 * len(genome)
+            ) ** -0.5  # every LIV adds to the residual stream: GPT-2's rule (Radford et al. 2019, 2.3)
+            with torch.no_grad():
+                for module in self.modules():
+                    if isinstance(module, OutputProjection):
+                        module.weight.mul_(scale)
+
+    @property
+    def genome(self) -> Genome:
+        """The genome that this model was built from."""
+        return self.backbone.genome
+
+    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """Return the normed last hidden states, [B, T, width], of `tokens` [B, T] int64."""
+        if tokens.ndim != 2 or tokens.dtype != torch.int64:
+            raise ValueError(f"tokens: needs [B, T] int64, got {list(tokens.shape)} {tokens.dtype}")
+        x = F.embedding(tokens, self.embedding) * self.config.width**0.5
+        h: Tensor = self.backbone(x, cache)
+        return h
+
+    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+        """Return next-token logits.
+
+        Args:
+            tokens: [B, T], int64.
+            cache: Continue after the tokens it has seen, and extend it. Default: a full pass.
+        Returns:
+            Logits [B, T, vocab_size], float32.
+        Raises:
+            ValueError: Shape or dtype of `tokens`; a cache of another batch size, or without room.
+        """
+        return F.linear(self.hidden(tokens, cache), self.embedding).float()
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Return the mean cross entropy in nats of `targets` [B, T] given `tokens` [B, T]; targets of -100 do not
+        count."""
+        h = self.hidden(tokens)
+        return linear_cross_entropy(h.flatten(0, 1), self.embedding, targets.flatten())
+
+    def new_cache(self, batch_size: int, max_length: int) -> Cache:
+        """Allocate the decoding state for `max_length` tokens of `batch_size` sequences."""
+        for name, value in (("batch_size", batch_size), ("max_length", max_length)):
+            if value < 1:
+                raise ValueError(f"{name}: needs at least 1, got {value}")
+        specs = self.backbone.state_specs(batch_size, max_length, self.embedding.dtype)
+        return Cache(specs, batch_size=batch_size, max_length=max_length, device=self.embedding.device)
+
+    def cache_bytes(self, batch_size: int, length: int) -> int:
+        """Return the bytes that `new_cache(batch_size, length)` holds, without allocating them."""
+        specs = self.backbone.state_specs(batch_size, length, self.embedding.dtype)
+        return sum(spec.nbytes for spec_of in specs for spec in spec_of.values())
+
+    def num_parameters(self) -> int:
+        """Return the number of parameters, shared ones counted once."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue `prompt` by sampling.
+
+        Args:
+            prompt: [B, T], int64, T >= 1.
+            max_new_tokens: Tokens to add.
+            temperature: Divides the logits; 0 takes the likeliest token.
+            top_k: Sample among the k likeliest only. Default: among all.
+            generator: Source of randomness. Default: torch's global one.
+        Returns:
+            [B, T + max_new_tokens], int64: the prompt and what follows.
+        Raises:
+            ValueError: An empty prompt, a negative count or temperature, top_k below 1.
+        """
+        if prompt.ndim != 2 or prompt.shape[1] < 1:
+            raise ValueError(f"prompt: needs [B, T] with T >= 1, got {list(prompt.shape)}")
+        if max_new_tokens < 0 or temperature < 0 or (top_k is not None and top_k < 1):
+            raise ValueError(
+                "generate: needs max_new_tokens >= 0, temperature >= 0 and top_k >= 1, "
+                f"got {max_new_tokens}, {temperature}, {top_k}"
+            )
+        if max_new_tokens == 0:
+            return prompt.clone()
+        cache = self.new_cache(prompt.shape[0], prompt.shape[1] + max_new_tokens)
+        tokens, step = [prompt], prompt
+        for _ in range(max_new_tokens):
+            logits = self(step, cache)[:, -1]
+            step = _sample(logits, temperature, top_k, generator)
+            tokens.append(step)
+        return torch.cat(tokens, dim=1)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write weights, genome and sizes to one safetensors file."""
+        metadata = {"format": "pt", "genome": str(self.genome), "config": json.dumps(asdict(self.config))}
+        save_model(self, str(path), metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> Self:
+        """Read a model that `save` wrote.
+
+        Raises:
+            FileNotFoundError: No such file.
+            ValueError: The file is not one that `save` wrote.
+        """
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+        if not {"genome", "config"} <= metadata.keys():
+            raise ValueError(f"path: {path} holds no genome; needs a file that LanguageModel.save wrote")
+        model = cls(Genome.parse(metadata["genome"]), ModelConfig(**json.loads(metadata["config"])))
+        load_model(model, str(path))
+        return model
+
+
+def count_parameters(genome: Genome, config: ModelConfig) -> int:
+    """Return the number of parameters of a model without allocating it."""
+    with torch.device("meta"):
+        return LanguageModel(genome, config).num_parameters()
+
+
+def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        floor = logits.topk(top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < floor, -torch.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Seed torch's CPU generator for the block, and put it back as it was."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,40 @@
+"""What every kernel test runs under: two threads, uninitialised memory full of NaN, and every backend that is there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import star_kernels
+from star_kernels import _native
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory_and_two_threads() -> Iterator[None]:
+    """Fill torch.empty with NaN, so that an output element that nothing writes shows."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    if _native.available():
+        _native.set_nan_fill(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+    if _native.available():
+        _native.set_nan_fill(False)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that asks for `backend` on each one; one that asks for a length or variant on its class's."""
+    if "backend" in metafunc.fixturenames:
+        names = [name for name, status in star_kernels.backends().items() if status.available]
+        metafunc.parametrize("backend", names)
+    if "length" in metafunc.fixturenames:
+        metafunc.parametrize("length", metafunc.cls.lengths, ids=lambda length: f"T{length}")
+    if "long_length" in metafunc.fixturenames:
+        metafunc.parametrize("long_length", metafunc.cls.long_lengths, ids=lambda length: f"T{length}")
+    if "variant" in metafunc.fixturenames:
+        metafunc.parametrize("variant", range(metafunc.cls.variants), ids=lambda variant: f"v{variant}")

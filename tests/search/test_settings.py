@@ -1,0 +1,64 @@
+"""Settings: presets hold together, bad values are refused in words, JSON and back is the identity."""
+
+import dataclasses
+import json
+
+import pytest
+
+from search.settings import OBJECTIVES, PRESETS, Settings, SettingsError
+
+
+@pytest.mark.parametrize("name", list(PRESETS))
+def test_presets_hold_together(name: str) -> None:
+    preset = PRESETS[name]
+    assert preset.preset == name
+    assert preset.train_config().steps == preset.steps > preset.train_config().warmup
+    assert preset.batch_size % preset.accumulation == 0
+    assert preset.model_config(256).width == preset.width
+
+
+def test_paper_settings_are_the_papers() -> None:
+    small, large = PRESETS["paper-125m"], PRESETS["paper-1b"]
+    assert (small.depth, small.width, small.seq_len, small.tokens) == (24, 768, 4096, 1_300_000_000)
+    assert (small.population, small.generations, small.train_config().lr, small.warmup_steps) == (16, 18, 8e-4, 500)
+    assert (large.depth, large.width, large.tokens) == (48, 2048, 40_000_000_000)
+
+
+def test_json_and_back() -> None:
+    settings = dataclasses.replace(PRESETS["smoke"], data=("a.txt", "b"), objectives=("perplexity", "parameters"))
+    values = json.loads(json.dumps(settings.to_json()))
+    assert Settings.from_json(values | {"machine": {"cores": 2}}) == settings
+
+
+def test_missing_setting_is_an_error() -> None:
+    values = PRESETS["smoke"].to_json()
+    del values["depth"]
+    with pytest.raises(SettingsError, match=r"config\.json: .*depth"):
+        Settings.from_json(values)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objectives": ("perplexity", "decode_ms")}, "unknown 'decode_ms'; did you mean decode_ms_per_token"),
+        ({"objectives": ("perplexity", "zzz")}, "unknown 'zzz'; needs one of perplexity, "),
+        ({"objectives": ("perplexity",)}, "two to five different names, got perplexity"),
+        ({"objectives": ("perplexity", "perplexity")}, "two to five different"),
+        ({"objectives": OBJECTIVES[:6]}, "two to five different"),
+        ({"workers": "threads"}, "workers: needs inline or processes, got 'threads'"),
+        ({"population": 3}, "population: needs at least 4, got 3"),
+        ({"generations": 0}, "generations: needs at least 1, got 0"),
+        ({"depth": 1}, "depth: needs at least 2, got 1"),
+        ({"seed": -1}, "seed: needs at least 0, got -1"),
+        ({"tokens": 100}, "tokens: needs at least one batch of"),
+        ({"width": 72}, "width: needs a multiple of 4 heads of 16 = 64, got 72"),
+        ({"batch_size": 0}, "batch_size: needs at least 1, got 0"),
+        ({"learning_rate": 0.0}, "learning_rate: needs a finite number above 0, got 0.0"),
+        ({"timeout_seconds": float("nan")}, "timeout_seconds: needs a finite number above 0, got nan"),
+        ({"accumulation": 3}, "accumulation: needs a divisor of batch_size = 8, got 3"),
+        ({"head_dim": 3}, "head_dim: needs an even number, got 3"),
+    ],
+)
+def test_bad_settings_fail_clearly(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        dataclasses.replace(PRESETS["smoke"], **changes)  # type: ignore[arg-type]

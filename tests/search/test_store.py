@@ -1,0 +1,114 @@
+"""The run folder: what is added is found again, the front is right, and a second driver is kept out."""
+
+import dataclasses
+import json
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from search.store import Evaluation, RunFolderError, Status, Store, front_of, read_json, write_json
+
+
+def evaluation(genome_hash: str, **changes: object) -> Evaluation:
+    base = Evaluation(
+        genome="11111-91111",
+        genome_hash=genome_hash,
+        status=Status.OK,
+        seed=3,
+        generation=0,
+        metrics={"perplexity": 5.25, "cache_bytes": 128.0},
+        seconds=1.5,
+        parents=("aa", "bb"),
+        repaired=True,
+        curve=((1, 5.5), (2, 5.25)),
+    )
+    return dataclasses.replace(base, **changes)  # type: ignore[arg-type]
+
+
+def test_what_is_added_is_found_again(tmp_path: Path) -> None:
+    rows = [
+        evaluation("a"),
+        evaluation("b", status=Status.NAN, metrics={}, error="the loss is nan"),
+        evaluation("c", kind="baseline", name="Transformer++", generation=-1),
+    ]
+    with Store(tmp_path) as store:
+        for row in rows:
+            store.add(row)
+    with Store(tmp_path) as store:
+        assert store.evaluations() == rows
+        assert store.find("b") == rows[1]
+        assert store.find("nothing") is None
+
+
+def test_an_evaluation_is_logged_once(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        store.add(evaluation("a"))
+        with pytest.raises(RunFolderError, match="UNIQUE"):
+            store.add(evaluation("a"))
+
+
+def test_a_second_driver_is_kept_out(tmp_path: Path) -> None:
+    with Store(tmp_path), pytest.raises(RunFolderError, match="another search is writing"):
+        Store(tmp_path)
+    Store(tmp_path).close()
+
+
+def test_a_database_that_is_none_fails_clearly(tmp_path: Path) -> None:
+    (tmp_path / "run.db").write_text("this is no database, and long enough to be looked at as one " * 100)
+    with pytest.raises(RunFolderError, match=r"run\.db: file is not a database"):
+        Store(tmp_path)
+
+
+def test_front_leaves_out_the_dominated_the_failed_and_the_baselines() -> None:
+    rows = [
+        evaluation("a", metrics={"perplexity": 5.0, "cache_bytes": 100.0}),
+        evaluation("b", metrics={"perplexity": 4.0, "cache_bytes": 200.0}),
+        evaluation("c", metrics={"perplexity": 5.5, "cache_bytes": 100.0}),
+        evaluation("d", metrics={}, status=Status.OOM),
+        evaluation("e", metrics={"perplexity": 1.0, "cache_bytes": 1.0}, kind="baseline", name="x"),
+    ]
+    assert [row.genome_hash for row in front_of(rows, ["perplexity", "cache_bytes"])] == ["b", "a"]
+    assert front_of(rows[3:], ["perplexity", "cache_bytes"]) == []
+
+
+def test_keep_front_keeps_the_fronts_weights_alone(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        store.add(evaluation("a", metrics={"perplexity": 5.0, "cache_bytes": 100.0}))
+        store.add(evaluation("c", metrics={"perplexity": 5.5, "cache_bytes": 100.0}))
+        for name in "ac":
+            (store.work / f"{name}.safetensors").write_text(name)
+        store.keep_front(["perplexity", "cache_bytes"])
+        assert [path.name for path in store.best.iterdir()] == ["a.safetensors"]
+        assert list(store.work.glob("*.safetensors")) == []
+        front = json.loads((tmp_path / "front.json").read_text())
+        assert front == [
+            {"genome": "11111-91111", "genome_hash": "a", "metrics": {"perplexity": 5.0, "cache_bytes": 100.0}}
+        ]
+        store.add(evaluation("b", metrics={"perplexity": 4.0, "cache_bytes": 50.0}))
+        (store.work / "b.safetensors").write_text("b")
+        store.keep_front(["perplexity", "cache_bytes"])
+        assert [path.name for path in store.best.iterdir()] == ["b.safetensors"]
+
+
+def test_the_table_has_the_documented_columns(tmp_path: Path) -> None:
+    Store(tmp_path).close()
+    with sqlite3.connect(tmp_path / "run.db") as db:
+        columns = {row[1] for row in db.execute("PRAGMA table_info(evaluations)")}
+    assert columns >= {"genome", "genome_hash", "status", "seed", "generation", "metrics", "seconds", "error"}
+
+
+def test_json_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"x": 1})
+    write_json(path, {"x": 2})
+    assert read_json(path) == {"x": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_unreadable_json_fails_clearly(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="not there, so this is no run folder"):
+        read_json(tmp_path / "config.json")
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(RunFolderError, match="not readable as JSON"):
+        read_json(tmp_path / "config.json")

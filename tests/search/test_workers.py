@@ -1,0 +1,192 @@
+"""Every way in which a candidate can end is told apart, and none of them ends the search."""
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from search import evaluate, workers
+from search.data import load_corpus
+from search.evaluate import Outcome, Task, candidate_seed, run_task
+from search.settings import PRESETS
+from search.store import Status
+from search.workers import InlineWorkers, ProcessWorkers, Workers
+from star_core import Genome
+
+TINY = dataclasses.replace(
+    PRESETS["smoke"],
+    depth=2,
+    width=32,
+    head_dim=8,
+    tokens=512,
+    seq_len=16,
+    batch_size=4,
+    valid_tokens=64,
+    timeout_seconds=60.0,
+)
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog.\n" * 200)
+    return path
+
+
+@pytest.fixture
+def work(tmp_path: Path, text: Path) -> Path:
+    load_corpus([str(text)]).save(tmp_path)
+    return tmp_path
+
+
+def task(work: Path, genome: str = "11111-91111", stage: str = "train", **changes: object) -> Task:
+    parsed = Genome.parse(genome)
+    settings = dataclasses.replace(TINY, **changes)  # type: ignore[arg-type]
+    return Task(str(parsed), parsed.hash, candidate_seed(0, parsed.hash), settings, work, stage)
+
+
+@pytest.fixture(params=["inline", "processes"])
+def pool(request: pytest.FixtureRequest) -> Iterator[Workers]:
+    made = workers.make_workers(request.param)
+    yield made
+    made.close()
+
+
+def outcomes(pool: Workers, tasks: list[Task], jobs: int = 2) -> list[Outcome]:
+    found = dict(pool.run(tasks, jobs, lambda task, step, loss: None))
+    return [found[task] for task in tasks]
+
+
+def test_training_and_measurement(pool: Workers, work: Path) -> None:
+    tasks = [task(work), task(work, "71111-91111")]
+    for one, outcome in zip(tasks, outcomes(pool, tasks), strict=True):
+        assert outcome.status is Status.OK, outcome.error
+        assert 1 < outcome.metrics["perplexity"] < 256
+        assert outcome.metrics["cache_bytes"] > 0
+        assert outcome.curve[-1][0] == TINY.steps
+        assert (work / f"{one.genome_hash}.safetensors").exists()
+    [measured] = outcomes(pool, [task(work, stage="measure", measure_seconds=0.2)])
+    assert measured.status is Status.OK, measured.error
+    assert measured.metrics["decode_ms_per_token"] > 0
+    assert measured.metrics["decode_ms_per_token_ratio"] > 0
+    assert measured.metrics["peak_memory_bytes"] > 0
+
+
+def test_both_kinds_of_workers_agree_to_the_bit(work: Path) -> None:
+    one = task(work, "51111-91111")
+    pool = ProcessWorkers()
+    [there] = outcomes(pool, [one])
+    pool.close()
+    one.result_path.unlink()
+    [here] = outcomes(InlineWorkers(), [one])
+    assert here.metrics == there.metrics
+    assert here.curve == there.curve
+
+
+def test_a_finished_task_is_not_done_again(pool: Workers, work: Path) -> None:
+    one = task(work)
+    [first] = outcomes(pool, [one])
+    [second] = outcomes(pool, [one])
+    assert second == first
+
+
+def test_a_diverging_candidate_is_nan(pool: Workers, work: Path) -> None:
+    [outcome] = outcomes(pool, [task(work, learning_rate=1e30)])
+    assert outcome.status is Status.NAN
+    assert outcome.error is not None
+    assert outcome.metrics == {}
+
+
+def test_a_late_candidate_is_a_timeout(pool: Workers, work: Path) -> None:
+    [outcome] = outcomes(pool, [task(work, tokens=10_000_000, timeout_seconds=0.3)])
+    assert outcome.status is Status.TIMEOUT
+    assert "training steps" in str(outcome.error)
+
+
+def test_a_genome_that_does_not_fit_is_invalid(pool: Workers, work: Path) -> None:
+    bad = dataclasses.replace(task(work), genome="11111-91112")
+    [outcome] = outcomes(pool, [bad])
+    assert outcome.status is Status.INVALID
+    assert "not valid" in str(outcome.error)
+
+
+def test_memory_beyond_the_limit_is_oom(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "_physical_memory", lambda: 400 * 2**20)
+    pool = ProcessWorkers()
+    [outcome] = outcomes(pool, [task(work, "11111-91111", batch_size=4096, seq_len=256, tokens=4096 * 256)], jobs=1)
+    pool.close()
+    assert outcome.status is Status.OOM, outcome
+
+
+def test_death_by_signal_is_a_crash(work: Path) -> None:
+    pool = ProcessWorkers()
+    running = pool.run([task(work, tokens=50_000_000), task(work, "71111-91111")], 2, lambda *_: None)
+    results = []
+    killed = False
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and len(results) < 2:
+        results.append(next(running))
+        if not killed:
+            os.kill(pool._running[0].process.pid, signal.SIGKILL)  # type: ignore[arg-type]
+            killed = True
+    pool.close()
+    statuses = {one.genome: outcome for one, outcome in results}
+    assert statuses["71111-91111"].status is Status.OK
+    assert statuses["11111-91111"].status is Status.CRASH
+    assert "SIGKILL" in str(statuses["11111-91111"].error)
+
+
+def test_an_exception_is_a_crash_with_its_reason(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("lost")
+
+    monkeypatch.setattr(evaluate, "_train", broken)
+    outcome = run_task(task(work))
+    assert outcome.status is Status.CRASH
+    assert outcome.error == "KeyError: 'lost'"
+
+
+def test_a_full_disk_is_not_the_candidates_fault(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError('Error while serializing: IoError(Os { code: 28, message: "No space left on device" })')
+
+    monkeypatch.setattr(evaluate, "_train", full)
+    with pytest.raises(OSError, match="No space left"):
+        run_task(task(work))
+
+
+def test_no_process_outlives_its_driver(work: Path, text: Path) -> None:
+    run = [sys.executable, "-m", "search.run", "--preset", "smoke", "--tokens", "50000000", "--data", str(text)]
+    driver = subprocess.Popen([*run, "--out", str(work / "run")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    logs: list[Path] = []
+    deadline = time.monotonic() + 60
+    while not logs and time.monotonic() < deadline:
+        time.sleep(0.2)
+        logs = list((work / "run" / "work").glob("*.log"))
+    assert logs, driver.stdout and driver.stdout.peek()  # type: ignore[union-attr]
+    driver.kill()
+    driver.wait()
+    marker = str(work / "run")
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and _holding(marker):
+        time.sleep(0.1)
+    assert _holding(marker) == []
+
+
+def _holding(marker: str) -> list[str]:
+    """Return the processes that hold a file open under a folder."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*/fd"):
+        try:
+            links = [os.readlink(link) for link in folder.iterdir()]
+        except OSError:
+            continue  # the process has ended, or is not ours
+        if any(link.startswith(marker) for link in links):
+            found.append(folder.parent.name)
+    return found

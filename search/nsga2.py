@@ -54,8 +54,7 @@ def check_losses(losses: npt.ArrayLike) -> FloatArray:
 
 
 def dominate(a: FloatArray, b: FloatArray) -> npt.NDArray[np.bool_]:
-    """Say row by row whether `a` dominates `b` (both [points, objectives], or one row): never worse, somewhere
-    better."""
+    """Say row by row whether `a` dominates `b`, both [points, objectives] or one row: never worse, once better."""
     return np.asarray((a <= b).all(axis=1) & (a < b).any(axis=1))
 
 

@@ -52,6 +52,7 @@ $(STAMP): $(PY) $(SOURCES)
 	    { $(PY) -m pip install uv && $(PY) -m uv pip install --python $(PY) --torch-backend cpu "torch==$(TORCH)"; }; \
 	fi
 	$(PY) -m pip install -e '.[search,bench,test]'
+	@$(PY) -c 'from star_kernels import backends; print("compiled operators:", backends()["cpp"].reason)'
 	@touch $@
 
 clean:

@@ -6,7 +6,7 @@ once a process, number of threads and device, and take the median.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -82,6 +82,21 @@ def matmul_ceiling(size: int, dtype: torch.dtype = torch.float32, *, device: str
     return Ceiling(f"matmul_{_short(dtype)}_{size}", "FLOP/s", 2 * size**3, lambda: torch.mm(a, b, out=out))
 
 
+def best_matmul_ceiling(dtype: torch.dtype = torch.float32, *, device: str | torch.device = "cpu") -> Ceiling:
+    """Return the fastest of several square products, found once a process; see `matmul_ceiling`, also for errors."""
+    _require_floating(dtype)
+    return _best_matmul(dtype, resolve_device(device), torch.get_num_threads())[0]
+
+
+def best_exp_ceiling(*, device: str | torch.device = "cpu") -> Ceiling:
+    """Return the fastest of `torch.exp` and `torch.exp2` at several sizes, found once a process; see `exp_throughput`.
+
+    Raises:
+        ValueError: `device` is not one that can be timed.
+    """
+    return _best_exp(resolve_device(device), torch.get_num_threads())[0]
+
+
 def copy_bandwidth(footprint_bytes: int, *, device: str | torch.device = "cpu") -> float:
     """Return bytes read and written a second by a copy with this footprint; see `copy_ceiling`, also for errors."""
     require_integer("footprint_bytes", footprint_bytes, 8)
@@ -91,7 +106,7 @@ def copy_bandwidth(footprint_bytes: int, *, device: str | torch.device = "cpu") 
 def matmul_throughput(dtype: torch.dtype = torch.float32, *, device: str | torch.device = "cpu") -> float:
     """Return operations a second of the best of several square products; see `matmul_ceiling`, also for errors."""
     _require_floating(dtype)
-    return _matmul_rate(dtype, resolve_device(device), torch.get_num_threads())
+    return _best_matmul(dtype, resolve_device(device), torch.get_num_threads())[1]
 
 
 def exp_throughput(*, device: str | torch.device = "cpu") -> float:
@@ -103,7 +118,7 @@ def exp_throughput(*, device: str | torch.device = "cpu") -> float:
     Raises:
         ValueError: `device` is not one that can be timed.
     """
-    return _exp_rate(resolve_device(device), torch.get_num_threads())
+    return _best_exp(resolve_device(device), torch.get_num_threads())[1]
 
 
 def fma_throughput(dtype: torch.dtype = torch.float32, *, device: str | torch.device = "cpu") -> float:
@@ -147,15 +162,20 @@ def _copy_rate(footprint_bytes: int, device: torch.device, _threads: int) -> flo
 
 
 @cache
-def _matmul_rate(dtype: torch.dtype, device: torch.device, _threads: int) -> float:
-    return max(_rate(matmul_ceiling(size, dtype, device=device), device) for size in _MATMUL_SIZES[device.type])
+def _best_matmul(dtype: torch.dtype, device: torch.device, _threads: int) -> tuple[Ceiling, float]:
+    return _best([matmul_ceiling(size, dtype, device=device) for size in _MATMUL_SIZES[device.type]], device)
 
 
 @cache
-def _exp_rate(device: torch.device, _threads: int) -> float:
-    return max(
-        _rate(ceiling, device) for elements in _EXP_ELEMENTS[device.type] for ceiling in _exp_ceilings(elements, device)
-    )
+def _best_exp(device: torch.device, _threads: int) -> tuple[Ceiling, float]:
+    elements = _EXP_ELEMENTS[device.type]
+    return _best([ceiling for count in elements for ceiling in _exp_ceilings(count, device)], device)
+
+
+def _best(ceilings: Sequence[Ceiling], device: torch.device) -> tuple[Ceiling, float]:
+    rates = [_rate(ceiling, device) for ceiling in ceilings]
+    best = max(range(len(rates)), key=lambda index: rates[index])
+    return ceilings[best], rates[best]
 
 
 def _exp_ceilings(elements: int, device: torch.device) -> list[Ceiling]:

@@ -10,6 +10,8 @@
 from bench._validation import MeasurementError
 from bench.ceilings import (
     Ceiling,
+    best_exp_ceiling,
+    best_matmul_ceiling,
     ceiling_report,
     copy_bandwidth,
     copy_ceiling,
@@ -31,6 +33,8 @@ __all__ = [
     "Measurement",
     "MeasurementError",
     "Provider",
+    "best_exp_ceiling",
+    "best_matmul_ceiling",
     "ceiling_report",
     "copy_bandwidth",
     "copy_ceiling",

@@ -4,8 +4,8 @@ The build puts one library for each instruction set into `_lib`; the best one th
 links to nothing of torch: it looks torch's stable C functions up in the torch that is imported, so one build serves
 every torch >= 2.10.
 
-An operator's folder holds `cpu.cpp` and `cpu.py`. The latter calls `native_operator` for each operator of the former
-and hands the public ones to the dispatcher with `serve`.
+An operator's folder holds `cpu*.cpp` and `cpu*.py`. The latter call `native_operator` for each operator of the former
+and hand the public ones to the dispatcher with `serve`.
 
 Environment, read once: `STAR_KERNELS_ISA` takes the named library instead of the best (avx512, avx2, plain, neon);
 `STAR_KERNELS_LIBRARIES` names another folder to load from, such as a sanitizer build.
@@ -30,8 +30,7 @@ __all__ = ["available", "folder", "isa", "library", "native_operator", "reason",
 
 BACKEND = "cpp"
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-_PACKAGE = Path(__file__).parent
-_FOLDER = Path(os.environ.get("STAR_KERNELS_LIBRARIES", _PACKAGE / "_lib"))
+_FOLDER = Path(os.environ.get("STAR_KERNELS_LIBRARIES", Path(__file__).parent / "_lib"))
 
 Function = Callable[..., Any]
 
@@ -72,7 +71,7 @@ def _load() -> ctypes.CDLL:
         host = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libtorch_cpu.{suffix}"))
     except OSError as error:
         raise _UnavailableError(f"the library could not be loaded: {error}") from error
-    for name in ("star_isa", "star_schema", "star_bind", "star_register"):
+    for name in ("star_isa", "star_parts", "star_schema", "star_bind", "star_register"):
         getattr(loaded, name).restype = ctypes.c_char_p
     loaded.star_schema.argtypes = [ctypes.c_int64]
     loaded.star_bind.argtypes = [ctypes.c_void_p]
@@ -249,13 +248,13 @@ def serve(operator: str, function: Function, dtypes: Iterable[torch.dtype] = DTY
     dispatch.register(operator, BACKEND, lambda: function, device_types=("cpu",), dtypes=dtypes)
 
 
-def _register_folders() -> None:
-    """Import the `cpu.py` of every operator folder."""
-    for folder in sorted(_PACKAGE.iterdir()):
-        if (folder / "cpu.py").exists():
-            importlib.import_module(f"star_kernels.{folder.name}.cpu")
+def _register_folders(loaded: ctypes.CDLL) -> None:
+    """Import every `cpu*.py` of the operator folders that the library was built from."""
+    for folder_name in loaded.star_parts().decode().split():
+        for path in sorted((Path(__file__).parent / folder_name).glob("cpu*.py")):
+            importlib.import_module(f"star_kernels.{folder_name}.{path.stem}")
 
 
 dispatch.declare_backend(BACKEND, device_types=("cpu",), unavailable=_reason or None)
-if available():
-    _register_folders()
+if _library is not None:
+    _register_folders(_library)

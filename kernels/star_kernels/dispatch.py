@@ -20,7 +20,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -63,6 +64,7 @@ _backends: dict[str, _Backend] = {}
 _operators: dict[str, Operator] = {}
 _implementations: dict[str, list[Implementation]] = {}
 _discovered: set[str] = set()
+_preferred: str | None = None
 
 
 class Operator:
@@ -83,7 +85,7 @@ class Operator:
 
     def serve(self, tensor: Tensor, backend: str | None) -> Function:
         """Return the function that serves a call whose first tensor is `tensor`; `backend` is honoured or refused."""
-        key = (tensor.device.type, tensor.dtype, backend)
+        key = (tensor.device.type, tensor.dtype, _preferred if backend is None else backend)
         if torch.compiler.is_compiling() or key not in self._served:
             _resolve(self.name, *key)
         return self._served[key][1]
@@ -245,7 +247,35 @@ def which(op: str, *tensors: Tensor) -> str:
         raise ValueError(f"op {op!r} does not exist; it must be one of: {', '.join(sorted(_operators))}")
     if not tensors:
         raise ValueError("tensors is empty; which() needs at least the call's first tensor")
-    return _operators[op].resolve(tensors[0].device.type, tensors[0].dtype, None)[0]
+    return _operators[op].resolve(tensors[0].device.type, tensors[0].dtype, _preferred)[0]
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Let one backend serve every call of the block that names none, as `backend=name` would.
+
+    It holds for the whole process, other threads included: meant for measurements of whole models and for tests. The
+    backward pass of what was computed inside is the same backend's, wherever it runs.
+
+    Args:
+        name: "reference", or a backend that `backends()` calls available.
+
+    Raises:
+        ValueError: `name` is unknown or not available here. Inside, a call that `name` does not serve is refused.
+    """
+    global _preferred
+    discover()
+    if name != REFERENCE and name not in _backends:
+        raise ValueError(
+            f"name {name!r} is no backend; it must be one of: {', '.join([REFERENCE, *sorted(_backends)])}"
+        )
+    if name != REFERENCE and (reason := _backends[name].unavailable) is not None:
+        raise ValueError(f"name {name!r} is not available: {reason}")
+    before, _preferred = _preferred, name
+    try:
+        yield
+    finally:
+        _preferred = before
 
 
 def _forget_all() -> None:

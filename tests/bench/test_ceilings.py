@@ -11,6 +11,8 @@ import torch
 from bench import ceilings
 from bench.harness import (
     Ceiling,
+    best_exp_ceiling,
+    best_matmul_ceiling,
     ceiling_report,
     copy_bandwidth,
     copy_ceiling,
@@ -28,7 +30,7 @@ def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "_MATMUL_SIZES", {"cpu": (64, 128)})
     monkeypatch.setattr(ceilings, "_EXP_ELEMENTS", {"cpu": (1 << 12,)})
     monkeypatch.setattr(ceilings, "_FOOTPRINTS", (1 << 12, 1 << 16))
-    for cached in (ceilings._copy_rate, ceilings._matmul_rate, ceilings._exp_rate):
+    for cached in (ceilings._copy_rate, ceilings._best_matmul, ceilings._best_exp):
         cached.cache_clear()
 
 
@@ -55,7 +57,9 @@ def test_each_is_measured_once_for_a_number_of_threads(monkeypatch: pytest.Monke
     assert copy_bandwidth(8192) == 2.0
     assert matmul_throughput() == matmul_throughput(torch.float32) == 4.0  # the better of two sizes
     assert fma_throughput() == 2.0
+    assert best_matmul_ceiling().name == "matmul_float32_128"
     assert exp_throughput() == 6.0  # the better of exp and exp2
+    assert best_exp_ceiling().name == "exp2_4096"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
     assert copy_bandwidth(4096) == 7.0
 

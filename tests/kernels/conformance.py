@@ -233,6 +233,21 @@ class OperatorConformance:
             assert torch.equal(first_gradients[name], again[name]), f"{name}, second backward"
             assert torch.equal(one, before[name]), f"{name} was modified"
 
+    def test_one_thread_equals_two(self, backend: str) -> None:
+        """Bit for bit, but for the reference, whose matrix products are torch's."""
+        tolerance = 1e-6 if backend == "reference" else 0.0
+        case = self.case(4, 65, 0)
+        leaves = case.leaves(torch.float32)
+        two = self.run(backend, leaves, case.options)
+        two_gradients = gradients(two, leaves)
+        torch.set_num_threads(1)
+        one = self.run(backend, leaves, case.options)
+        one_gradients = gradients(one, leaves)
+        for index, (got, want) in enumerate(zip(one, two, strict=True)):
+            assert_close(got, want, f"output {index}", tolerance)
+        for name in leaves:
+            assert_close(one_gradients[name], two_gradients[name], f"gradient of {name}", tolerance)
+
     def test_a_row_alone_equals_the_row_in_a_batch(self, backend: str) -> None:
         case = self.case(3, 17, 0)
         leaves = case.leaves(torch.float64)

@@ -47,26 +47,25 @@ def attention(
     batch, queries, heads, width = q.shape
     keys, group = k.shape[1], heads // k.shape[2]
     factor = 1 / math.sqrt(width) if scale is None else scale
+    k, v = (torch.stack([one[:, :, h // group] for h in range(heads)], dim=1) for one in (k, v))
     rows = []
     for i in range(queries):
         position = i + keys - queries
         seen = [j for j in range(keys) if not causal or (j <= position and (window is None or j > position - window))]
-        for h in range(heads):
-            if not seen:
-                rows.append(q.new_zeros(batch, v.shape[3]))
-                continue
-            scores = (k[:, seen, h // group] @ q[:, i, h].unsqueeze(-1)).squeeze(-1) * factor
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
-            top = scores.detach().amax(-1, keepdim=True)
-            weights = torch.exp(scores - top)
-            total = weights.sum(-1, keepdim=True)
-            if sinks is not None:
-                total = total + torch.exp(sinks[h] - top)
-            rows.append(((weights / total).unsqueeze(1) @ v[:, seen, h // group]).squeeze(1))
-    if not rows:
-        return q.new_zeros(batch, queries, heads, v.shape[3])
-    return torch.stack(rows, dim=1).view(batch, queries, heads, v.shape[3])
+        if not seen:
+            rows.append(q.new_zeros(batch, heads, v.shape[3]))
+            continue
+        first, end = seen[0], seen[-1] + 1
+        scores = (k[:, :, first:end] @ q[:, i].unsqueeze(-1)).squeeze(-1) * factor
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        top = scores.detach().amax(-1, keepdim=True)
+        weights = torch.exp(scores - top)
+        total = weights.sum(-1, keepdim=True)
+        if sinks is not None:
+            total = total + torch.exp(sinks.unsqueeze(-1) - top)
+        rows.append(((weights / total).unsqueeze(2) @ v[:, :, first:end]).squeeze(2))
+    return torch.stack(rows, dim=1) if rows else q.new_zeros(batch, 0, heads, v.shape[3])
 
 
 def differential_attention(

@@ -133,6 +133,12 @@ class TestExtremeSteps:
         assert_close(y, torch.full_like(y, 100.0), "y", 1e-7)
         assert_close(leaves["dt"].grad, torch.ones(1, 1, 2), "slope", 1e-7)
 
+    def test_softplus_is_exact_in_float64(self, backend: str, operator: str) -> None:
+        """Taking softplus(21) for 21 loses 8e-10."""
+        tensors = self.tensors(operator, torch.full((1, 1), 21.0, dtype=torch.float64))
+        y, _ = call(operator, backend, tensors, {"dt_softplus": True})
+        assert_close(y, torch.full_like(y, 21.0).exp().log1p(), "y", 1e-12)
+
     @pytest.mark.parametrize("jump", [8.0, 3e4])
     def test_a_huge_step_resets_the_state(self, backend: str, operator: str, jump: float) -> None:
         """Decays of exp(-8) a token, and exp(-3e4) once: what comes after is as exact as what comes before."""

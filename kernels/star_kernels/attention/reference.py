@@ -136,14 +136,16 @@ def _attend_at_once(
     if softcap is not None or sinks is not None or not every_row_sees_a_key or not positive or q.numel() == 0:
         mask = visible(queries, keys, window, q.device) if causal else None
         return _dense(q, k, v, mask, scale, softcap, sinks)
-    square = causal and (window is None or window >= keys) and queries == keys
+    # torch's own causal mask, where it means the same; chosen by a branch, since `is_causal` may not be symbolic.
+    square = queries == keys and (window is None or window >= keys)
+    mask = visible(queries, keys, window, q.device) if causal and not square else None
     acc = accumulator(q.dtype)
     o: Tensor = functional.scaled_dot_product_attention(
         q.to(acc).transpose(1, 2),
         k.to(acc).transpose(1, 2),
         v.to(acc).transpose(1, 2),
-        attn_mask=visible(queries, keys, window, q.device) if causal and not square else None,
-        is_causal=square,
+        attn_mask=mask,
+        is_causal=causal and mask is None,
         scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )

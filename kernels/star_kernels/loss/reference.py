@@ -61,8 +61,7 @@ class _ReducedLinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         ctx.settings = settings
         losses = torch.empty(hidden.shape[0], dtype=factor.dtype, device=hidden.device)
-        # An infinite factor (a mean of nothing) must not turn the zero gradients of ignored rows into NaN.
-        spread = torch.where(torch.isfinite(factor), factor, 0).expand(hidden.shape[0])
+        spread = factor.expand(hidden.shape[0])
         # Kept in the accumulation dtype: a loss scale that comes with dloss is there to save small float16 gradients.
         ctx.save_for_backward(*_gradients(ctx, hidden, weight, bias, targets, spread, losses), hidden, weight, bias)
         return losses.sum() * factor
@@ -182,6 +181,7 @@ def _logit_gradients(
     """Turn exponentials into dL/dlogits in place: (softmax - smoothed one-hot) times the row's gradient."""
     ignored = targets == settings.ignore_index
     smoothing = settings.label_smoothing
+    # Filled, not multiplied by zero: the factor of a mean over no row is infinite.
     slope = dlosses.masked_fill(ignored, 0.0).unsqueeze(1)
     dlogits = exponentials.mul_(slope / total.unsqueeze(1))
     if smoothing:

@@ -34,6 +34,9 @@ void throw_torch_error(const char* function) {
 // The instruction set this library was compiled for.
 STAR_EXPORT const char* star_isa() { return STAR_ISA_NAME; }
 
+// The names of the operator folders that it was built from, separated by spaces.
+STAR_EXPORT const char* star_parts() { return STAR_PARTS; }
+
 // The schema of operator `index`, or null past the last.
 STAR_EXPORT const char* star_schema(int64_t index) {
   star::Operator* op = star::Operator::first;

@@ -39,14 +39,15 @@
 //      }  // namespace
 //      }  // namespace star
 //
-// 2. Python, in <folder>/cpu.py (the loader, _native.py, imports every one): `native_operator` adds the fake and the
-//    gradient and returns the function to call; `serve` hands it to dispatch.py. memoryless/cpu.py and norm/cpu.py are
-//    the models.
+// 2. Python, in <folder>/cpu.py or cpu_<part>.py (the loader, _native.py, imports every cpu*.py): `native_operator`
+//    adds the fake and the gradient and returns the function to call; `serve` hands it to dispatch.py.
+//    memoryless/cpu.py and norm/cpu.py are the models.
 //
 // 3. Build: `cmake -S . -B build/dev -G Ninja && cmake --build build/dev`, then run with
-//    STAR_KERNELS_LIBRARIES=build/dev/lib. -DSTAR_PARTS="norm;memoryless" builds those folders alone,
-//    -DSTAR_ISAS=avx512 one instruction set, -DSTAR_SANITIZE=ON with AddressSanitizer. STAR_KERNELS_ISA=avx2 (or
-//    plain) makes the loader take that library. kernels/.clang-format gives the layout.
+//    STAR_KERNELS_LIBRARIES=build/dev/lib. -DSTAR_PARTS="norm;memoryless" builds (and the loader then registers) those
+//    folders alone, -DSTAR_ISAS=avx512 builds one instruction set, -DSTAR_SANITIZE=ON adds AddressSanitizer and
+//    UndefinedBehaviorSanitizer. STAR_KERNELS_ISA=avx2 (or plain) makes the loader take that library.
+//    kernels/.clang-format gives the layout.
 //
 // RULES
 //
@@ -78,5 +79,6 @@
 #include "parallel.h"
 #include "rows.h"
 #include "scratch.h"
+#include "stream.h"
 #include "tensor.h"
 #include "vec.h"

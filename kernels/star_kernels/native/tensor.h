@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <type_traits>
 
 #include "error.h"
 #include "shim.h"
@@ -12,12 +13,14 @@ namespace star {
 
 enum class DType : int8_t { kFloat32, kBFloat16, kFloat64, kFloat16, kInt32, kInt64, kOther };
 
-template <class T> constexpr DType dtype_of();
-template <> constexpr DType dtype_of<float>() { return DType::kFloat32; }
-template <> constexpr DType dtype_of<bf16>() { return DType::kBFloat16; }
-template <> constexpr DType dtype_of<double>() { return DType::kFloat64; }
-template <> constexpr DType dtype_of<int32_t>() { return DType::kInt32; }
-template <> constexpr DType dtype_of<int64_t>() { return DType::kInt64; }
+template <class T> constexpr DType dtype_of() {
+  using Element = std::remove_const_t<T>;
+  if constexpr (std::is_same_v<Element, float>) return DType::kFloat32;
+  if constexpr (std::is_same_v<Element, bf16>) return DType::kBFloat16;
+  if constexpr (std::is_same_v<Element, double>) return DType::kFloat64;
+  if constexpr (std::is_same_v<Element, int32_t>) return DType::kInt32;
+  if constexpr (std::is_same_v<Element, int64_t>) return DType::kInt64;
+}
 
 // An owned reference to a tensor. Sizes and strides count elements and belong to the tensor.
 class Tensor {

@@ -4,6 +4,7 @@
 //   V(x)                                 x in every lane
 //   V::load(p), V::load(p, lanes)        converts from the pointer's element type
 //   v.store(p), v.store(p, lanes)        converts to it, to nearest even
+//   v.stream(p)                          past the caches, see stream.h
 //   V::iota()                            0, 1, 2, ...
 //   + - * /  fma(a, b, c) = a b + c      fnma(a, b, c) = c - a b
 //   min max  abs  sqrt  copysign         min and max return the second operand where one is NaN
@@ -11,6 +12,9 @@
 //   round_even                           to the nearest integer
 //   reduce_add, reduce_max               one number; always in the same order
 //   transpose(rows)                      of V::N vectors
+//   sum_quarters(a, b, c, d)             four partial sums of each, side by side; only where V::N >= 4
+//   lane_sums(rows)                      lane i: the sum of the lanes of rows[i], of V::N vectors
+//   swap_pairs                           lanes 1, 0, 3, 2, ...; not where V::N is 1
 //
 // math.h has exp, log and their kin. Loops over a row are written once with `sweep` or `sum_row`.
 #pragma once

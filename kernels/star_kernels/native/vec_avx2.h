@@ -50,6 +50,10 @@ struct VecF {
     for (int i = 0; i < n.count; ++i) p[i] = part[i];
   }
 
+  // Past the caches; p is aligned to the vector's size there.
+  void stream(float* p) const { _mm256_stream_ps(p, v); }
+  void stream(bf16* p) const { _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow()); }
+
   // Lanes 0, 1, 2, ...
   static VecF iota() { return VecF(_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7)); }
 
@@ -96,6 +100,8 @@ struct VecF {
     return VecF(_mm256_castsi256_ps(_mm256_add_epi32(fraction, two_thirds)));
   }
 
+  // Lanes 1, 0, 3, 2, ...
+  friend VecF swap_pairs(VecF a) { return VecF(_mm256_permute_ps(a.v, 0xB1)); }
   friend float reduce_add(VecF a) {
     __m128 q = _mm_add_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
     q = _mm_add_ps(q, _mm_movehl_ps(q, q));
@@ -105,6 +111,22 @@ struct VecF {
     __m128 q = _mm_max_ps(_mm256_castps256_ps128(a.v), _mm256_extractf128_ps(a.v, 1));
     q = _mm_max_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+  }
+  // Lane i: the sum of the lanes of rows[i].
+  friend VecF lane_sums(const VecF (&rows)[N]) {
+    __m256 half[2];
+    STAR_UNROLL for (int i = 0; i < 2; ++i) {
+      half[i] = _mm256_hadd_ps(_mm256_hadd_ps(rows[4 * i].v, rows[4 * i + 1].v),
+                               _mm256_hadd_ps(rows[4 * i + 2].v, rows[4 * i + 3].v));
+    }
+    return VecF(_mm256_add_ps(_mm256_permute2f128_ps(half[0], half[1], 0x20),
+                              _mm256_permute2f128_ps(half[0], half[1], 0x31)));
+  }
+  // Lane 4 L + j: the sum of the 128-bit part L of the j-th argument.
+  friend VecF sum_quarters(VecF a, VecF b, VecF c, VecF d) {
+    const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v));
+    const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c.v, d.v), _mm256_unpackhi_ps(c.v, d.v));
+    return VecF(_mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xEE)));
   }
   // rows[i] lane j <-> rows[j] lane i.
   friend void transpose(VecF (&rows)[N]) {

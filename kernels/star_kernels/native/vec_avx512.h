@@ -39,6 +39,10 @@ struct VecF {
   void store(bf16* p, Full = {}) const { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow()); }
   void store(bf16* p, Lanes n) const { _mm256_mask_storeu_epi16(p, mask_of(n), narrow()); }
 
+  // Past the caches; p is aligned to the vector's size there.
+  void stream(float* p) const { _mm512_stream_ps(p, v); }
+  void stream(bf16* p) const { _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow()); }
+
   // Lanes 0, 1, 2, ...
   static VecF iota() { return VecF(_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)); }
 
@@ -81,6 +85,8 @@ struct VecF {
     return VecF(_mm512_mask_mul_ps(m, high, m, _mm512_set1_ps(0.5f)));
   }
 
+  // Lanes 1, 0, 3, 2, ...
+  friend VecF swap_pairs(VecF a) { return VecF(_mm512_permute_ps(a.v, 0xB1)); }
   friend float reduce_add(VecF a) {
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
     __m128 q = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
@@ -92,6 +98,31 @@ struct VecF {
     __m128 q = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     q = _mm_max_ps(q, _mm_movehl_ps(q, q));
     return _mm_cvtss_f32(_mm_max_ss(q, _mm_movehdup_ps(q)));
+  }
+  // Lane i: the sum of the lanes of rows[i]. Pairs of vectors are added until one is left, 45 instructions in all.
+  friend VecF lane_sums(const VecF (&rows)[N]) {
+    __m512 a[8], b[4], c[2];
+    STAR_UNROLL for (int i = 0; i < 8; ++i) {
+      a[i] = _mm512_add_ps(_mm512_unpacklo_ps(rows[2 * i].v, rows[2 * i + 1].v),
+                           _mm512_unpackhi_ps(rows[2 * i].v, rows[2 * i + 1].v));
+    }
+    // Each 128-bit part of b[i] holds its own lanes' sums of rows 4 i .. 4 i + 3.
+    STAR_UNROLL for (int i = 0; i < 4; ++i) {
+      const __m512d even = _mm512_castps_pd(a[2 * i]), odd = _mm512_castps_pd(a[2 * i + 1]);
+      b[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(even, odd)),
+                           _mm512_castpd_ps(_mm512_unpackhi_pd(even, odd)));
+    }
+    STAR_UNROLL for (int i = 0; i < 2; ++i) {
+      c[i] = _mm512_add_ps(_mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0x88),
+                           _mm512_shuffle_f32x4(b[2 * i], b[2 * i + 1], 0xDD));
+    }
+    return VecF(_mm512_add_ps(_mm512_shuffle_f32x4(c[0], c[1], 0x88), _mm512_shuffle_f32x4(c[0], c[1], 0xDD)));
+  }
+  // Lane 4 L + j: the sum of the 128-bit part L of the j-th argument.
+  friend VecF sum_quarters(VecF a, VecF b, VecF c, VecF d) {
+    const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
+    const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
+    return VecF(_mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xEE)));
   }
   // rows[i] lane j <-> rows[j] lane i.
   friend void transpose(VecF (&rows)[N]) {

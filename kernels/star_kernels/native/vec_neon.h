@@ -36,6 +36,9 @@ struct VecF {
   void store(bf16* p, Full = {}) const { vst1_u16(reinterpret_cast<uint16_t*>(p), narrow()); }
   void store(bf16* p, Lanes n) const { store_part(p, n); }
 
+  // A plain store: there is no such instruction for one vector.
+  template <class T> void stream(T* p) const { store(p); }
+
   // Lanes 0, 1, 2, ...
   static VecF iota() {
     const float index[N] = {0, 1, 2, 3};
@@ -82,8 +85,18 @@ struct VecF {
     return VecF(vreinterpretq_f32_s32(vaddq_s32(vandq_s32(offset, vdupq_n_s32(0x7FFFFF)), two_thirds)));
   }
 
+  // Lanes 1, 0, 3, 2, ...
+  friend VecF swap_pairs(VecF a) { return VecF(vrev64q_f32(a.v)); }
   friend float reduce_add(VecF a) { return vaddvq_f32(a.v); }
   friend float reduce_max(VecF a) { return vmaxvq_f32(a.v); }
+  // Lane i: the sum of the lanes of rows[i].
+  friend VecF lane_sums(const VecF (&rows)[N]) {
+    return VecF(vpaddq_f32(vpaddq_f32(rows[0].v, rows[1].v), vpaddq_f32(rows[2].v, rows[3].v)));
+  }
+  // Lane j: the sum of the j-th argument.
+  friend VecF sum_quarters(VecF a, VecF b, VecF c, VecF d) {
+    return VecF(vpaddq_f32(vpaddq_f32(a.v, b.v), vpaddq_f32(c.v, d.v)));
+  }
   // rows[i] lane j <-> rows[j] lane i.
   friend void transpose(VecF (&rows)[N]) {
     const float32x4x2_t low = vzipq_f32(rows[0].v, rows[2].v), high = vzipq_f32(rows[1].v, rows[3].v);

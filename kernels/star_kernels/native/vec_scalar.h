@@ -36,6 +36,8 @@ template <class T> struct VecS {
     if (n.count > 0) *p = to_bf16(static_cast<float>(v));
   }
 
+  template <class P> void stream(P* p) const { store(p); }
+
   static VecS iota() { return VecS(T(0)); }
 
   friend VecS operator+(VecS a, VecS b) { return a.v + b.v; }
@@ -67,6 +69,7 @@ template <class T> struct VecS {
   friend VecS round_even(VecS a) { return std::nearbyint(a.v); }
   friend T reduce_add(VecS a) { return a.v; }
   friend T reduce_max(VecS a) { return a.v; }
+  friend VecS lane_sums(const VecS (&rows)[N]) { return rows[0]; }
   friend void transpose(VecS (&)[N]) {}
 };
 

@@ -1,82 +1,96 @@
 // Short causal convolutions, forward and one-token step: y_t = act(bias + sum_w tap_w u_{t - (W - 1) + w}), with u = x,
 // or gated, u = gate_in * x and y = gate_out * (...), in one pass over the inputs.
-#include <type_traits>
-
 #include "short_conv/conv.h"
 
 namespace star {
 namespace {
 
-// A run of tokens of one sequence, and a block of its channels.
+// A run of tokens of one sequence, and a block of its channels. Passed by value: after a store through a pointer the
+// compiler would read the fields of a reference again, which cost as much as the arithmetic.
 template <class T> struct Forward {
   const T *x, *gate_in, *gate_out;
   T* y;
   int64_t x_step, in_step, out_step, y_step;  // elements between tokens
-  const Wide<T>* taps;                        // rows of `filter_rows`
-  int64_t tap_step;
-  Wide<T>* past;
-  int64_t channels;  // of this block; also the elements between rows of `past`
+  const Wide<T>* taps;                        // panels of W + 1 rows
+  Wide<T>* past;                              // panels of W - 1 rows
+  int64_t channels;
 
-  void advance(int64_t tokens) {
-    x += tokens * x_step;
-    gate_in += tokens * in_step;
-    gate_out += tokens * out_step;
-    y += tokens * y_step;
+  // To the next token.
+  template <Kind kind> void next() {
+    advance(x, x_step);
+    advance(y, y_step);
+    if constexpr (kind == Kind::kGated) {
+      advance(gate_in, in_step);
+      advance(gate_out, out_step);
+    }
+  }
+  // To other channels: a multiple of the vector's length.
+  template <Kind kind> void skip(int64_t number, int64_t num_taps) {
+    x += number;
+    y += number;
+    if constexpr (kind == Kind::kGated) {
+      gate_in += number;
+      gate_out += number;
+    }
+    taps += number * (num_taps + 1);
+    past += number * (num_taps - 1);
   }
 };
 
-template <class T, Kind kind, class L> inline Vec<T> input(const Forward<T>& p, int64_t r, int64_t i, L lanes) {
-  const Vec<T> x = Vec<T>::load(p.x + r * p.x_step + i, lanes);
+template <class T, Kind kind, class L> inline Vec<T> input(const Forward<T>& p, L lanes) {
+  const Vec<T> x = Vec<T>::load(p.x, lanes);
   if constexpr (kind != Kind::kGated) return x;
-  return x * Vec<T>::load(p.gate_in + r * p.in_step + i, lanes);
+  return x * Vec<T>::load(p.gate_in, lanes);
 }
 
-template <class T, Kind kind, class L>
-inline void output(const Forward<T>& p, int64_t r, int64_t i, L lanes, Vec<T> sum) {
+template <class T, Kind kind, class L> inline void output(const Forward<T>& p, L lanes, Vec<T> sum) {
   if constexpr (kind == Kind::kSilu) sum = silu(sum);
-  if constexpr (kind == Kind::kGated) sum = sum * Vec<T>::load(p.gate_out + r * p.out_step + i, lanes);
-  sum.store(p.y + r * p.y_step + i, lanes);
+  if constexpr (kind == Kind::kGated) sum = sum * Vec<T>::load(p.gate_out, lanes);
+  sum.store(p.y, lanes);
 }
 
 // kTile tokens of the whole vectors of channels.
-template <class T, Kind kind, int kTaps> void forward_tile(const Forward<T>& p) {
+template <class T, Kind kind, int kTaps> void forward_tile(Forward<T> p) {
   using V = Vec<T>;
   for (int64_t i = 0; i + V::N <= p.channels; i += V::N) {
     V taps[kTaps], window[kTaps - 1 + kTile];
-    STAR_UNROLL for (int w = 0; w < kTaps; ++w) taps[w] = V::load(p.taps + w * p.tap_step + i);
-    STAR_UNROLL for (int w = 0; w < kTaps - 1; ++w) window[w] = V::load(p.past + w * p.channels + i);
-    const V bias = V::load(p.taps + kTaps * p.tap_step + i);
+    STAR_UNROLL for (int w = 0; w < kTaps; ++w) taps[w] = V::load(p.taps + w * V::N);
+    STAR_UNROLL for (int w = 0; w < kTaps - 1; ++w) window[w] = V::load(p.past + w * V::N);
+    const V bias = V::load(p.taps + kTaps * V::N);
+    Forward<T> at = p;
     STAR_UNROLL for (int r = 0; r < kTile; ++r) {
-      window[kTaps - 1 + r] = input<T, kind>(p, r, i, Full{});
+      window[kTaps - 1 + r] = input<T, kind>(at, Full{});
       V sum = bias;
       STAR_UNROLL for (int w = 0; w < kTaps; ++w) sum = fma(taps[w], window[r + w], sum);
-      output<T, kind>(p, r, i, Full{}, sum);
+      output<T, kind>(at, Full{}, sum);
+      at.template next<kind>();
     }
-    STAR_UNROLL for (int w = 0; w < kTaps - 1; ++w) window[kTile + w].store(p.past + w * p.channels + i);
+    STAR_UNROLL for (int w = 0; w < kTaps - 1; ++w) window[kTile + w].store(p.past + w * V::N);
+    p.template skip<kind>(V::N, kTaps);
   }
 }
 
-// One token of the channels from `from` on, any number of taps; the same operations in the same order.
-template <class T, Kind kind> void forward_token(const Forward<T>& p, int64_t num_taps, int64_t from) {
+// One token, any number of taps; the same operations in the same order.
+template <class T, Kind kind> void forward_token(Forward<T> p, int64_t num_taps) {
   using V = Vec<T>;
   const int64_t history = num_taps - 1;
-  sweep<V>(p.channels - from, [&](int64_t offset, auto lanes) {
-    const int64_t i = from + offset;
-    V sum = V::load(p.taps + num_taps * p.tap_step + i, lanes);
+  sweep<V>(p.channels, [&](int64_t, auto lanes) {
+    V sum = V::load(p.taps + num_taps * V::N);
     for (int64_t w = 0; w < history; ++w) {
-      const V value = V::load(p.past + w * p.channels + i, lanes);
-      sum = fma(V::load(p.taps + w * p.tap_step + i, lanes), value, sum);
-      if (w > 0) value.store(p.past + (w - 1) * p.channels + i, lanes);
+      const V value = V::load(p.past + w * V::N);
+      sum = fma(V::load(p.taps + w * V::N), value, sum);
+      if (w > 0) value.store(p.past + (w - 1) * V::N);
     }
-    const V value = input<T, kind>(p, 0, i, lanes);
-    sum = fma(V::load(p.taps + history * p.tap_step + i, lanes), value, sum);
-    if (history > 0) value.store(p.past + (history - 1) * p.channels + i, lanes);
-    output<T, kind>(p, 0, i, lanes, sum);
+    const V value = input<T, kind>(p, lanes);
+    sum = fma(V::load(p.taps + history * V::N), value, sum);
+    if (history > 0) value.store(p.past + (history - 1) * V::N);
+    output<T, kind>(p, lanes, sum);
+    if constexpr (decltype(lanes)::kFull) p.template skip<kind>(V::N, num_taps);
   });
 }
 
 // The unrolled tile for W taps; none for W > 7, nor for float64, which is not tuned.
-template <class T, Kind kind> void (*forward_tile_for(int64_t taps))(const Forward<T>&) {
+template <class T, Kind kind> void (*forward_tile_for(int64_t taps))(Forward<T>) {
   if constexpr (!std::is_same_v<T, double>) {
     switch (taps) {
       case 1: return forward_tile<T, kind, 1>;
@@ -93,31 +107,34 @@ template <class T, Kind kind> void (*forward_tile_for(int64_t taps))(const Forwa
 }
 
 template <class T, Kind kind> void forward_run(Forward<T> p, int64_t num_taps, int64_t tokens) {
+  using V = Vec<T>;
   const auto tile = forward_tile_for<T, kind>(num_taps);
-  const int64_t whole = p.channels / Vec<T>::N * Vec<T>::N;
+  const int64_t whole = p.channels / V::N * V::N;
   if (tile != nullptr && whole > 0) {
     for (; tokens >= kTile; tokens -= kTile) {
       tile(p);
       // The channels that fill no vector, and the tokens that fill no tile, go one by one.
-      if (whole < p.channels) {
-        Forward<T> rest = p;
-        for (int r = 0; r < kTile; ++r, rest.advance(1)) forward_token<T, kind>(rest, num_taps, whole);
+      Forward<T> rest = p;
+      rest.template skip<kind>(whole, num_taps);
+      rest.channels -= whole;
+      for (int r = 0; r < kTile; ++r, p.template next<kind>(), rest.template next<kind>()) {
+        if (whole < p.channels) forward_token<T, kind>(rest, num_taps);
       }
-      p.advance(kTile);
     }
   }
-  for (; tokens > 0; --tokens, p.advance(1)) forward_token<T, kind>(p, num_taps, 0);
+  for (; tokens > 0; --tokens, p.template next<kind>()) forward_token<T, kind>(p, num_taps);
 }
 
 template <class T, Kind kind>
-void convolve(const Streams& in, const Tensor& rows, const Tensor& state, const std::vector<Segment>& segments,
+void convolve(const Streams& in, const Tensor& filter, int64_t history, const Tensor& state, const std::vector<Segment>& segments,
               Tensor& y, Tensor& final_state) {
   using W = Wide<T>;
-  const int64_t channels = in.x.size(2), history = rows.size(0) - 2;
+  using V = Vec<T>;
+  const int64_t channels = in.x.size(2);
   const int64_t blocks = blocks_of(channels), num_tasks = static_cast<int64_t>(segments.size()) * blocks;
   const Plane<const T> x(in.x), gate_in(in.gate_in), gate_out(in.gate_out);
   const Plane<T> out(y);
-  const W *filter = rows.data<W>(), *initial = state ? state.data<W>() : nullptr;
+  const W *taps = filter.data<W>(), *initial = state ? state.data<W>() : nullptr;
   W* final_data = final_state.mutable_data<W>();
   const int64_t cost = in.x.size(0) * in.x.size(1) * channels / (num_tasks > 0 ? num_tasks : 1);
   parallel_for(num_tasks, grain_rows(cost), [&](int64_t begin, int64_t end) {
@@ -127,15 +144,17 @@ void convolve(const Streams& in, const Tensor& rows, const Tensor& state, const 
       const int64_t width = channels - channel < kBlockChannels ? channels - channel : kBlockChannels;
       const int64_t state_offset = (segment.sequence * channels + channel) * history;
       Scratch scratch;
-      W* past = scratch.get<W>(history * width);
-      load_past<T>(segment, initial == nullptr ? nullptr : initial + state_offset, history, x, gate_in, channel, width,
-                   past);
+      W* past = scratch.get<W>(history * padded<V>(width));
+      for (int64_t w = 0; w < history; ++w) {
+        past_input<T>(segment, initial == nullptr ? nullptr : initial + state_offset, history, x, gate_in, channel,
+                      width, w, [=](int64_t i, V value, auto) { value.store(past + i * history + w * V::N); });
+      }
       const int64_t b = segment.batch, t = segment.begin;
       forward_run<T, kind>(
           {x.at(b, t, channel), gate_in.at(b, t, channel), gate_out.at(b, t, channel), out.at(b, t, channel), x.token,
-           gate_in.token, gate_out.token, out.token, filter + channel, channels, past, width},
+           gate_in.token, gate_out.token, out.token, taps + channel * (history + 2), past, width},
           history + 1, segment.end - segment.begin);
-      if (segment.end == segment.stop) rows_to_state(past, width, history, width, final_data + state_offset);
+      if (segment.end == segment.stop) from_panels<V>(past, history, history, width, final_data + state_offset);
     }
   });
 }
@@ -150,13 +169,14 @@ std::tuple<Tensor, Tensor> run(Kind kind, Streams in, const Tensor& weight, cons
   Tensor final_state;
   dispatch_dtype(in.x.dtype(), [&](auto element) {
     using T = decltype(element);
-    const Tensor rows = filter_rows<Wide<T>>(weight, bias);
+    const Tensor filter = filter_panels<T>(weight, bias);
+    const int64_t history = weight.size(1) - 1;
     const Tensor state = initial_state ? cast(initial_state, dtype_of<Wide<T>>()) : Tensor();
     final_state = empty(3, state_sizes, dtype_of<Wide<T>>());
     switch (kind) {
-      case Kind::kPlain: return convolve<T, Kind::kPlain>(in, rows, state, segments, y, final_state);
-      case Kind::kSilu: return convolve<T, Kind::kSilu>(in, rows, state, segments, y, final_state);
-      case Kind::kGated: return convolve<T, Kind::kGated>(in, rows, state, segments, y, final_state);
+      case Kind::kPlain: return convolve<T, Kind::kPlain>(in, filter, history, state, segments, y, final_state);
+      case Kind::kSilu: return convolve<T, Kind::kSilu>(in, filter, history, state, segments, y, final_state);
+      case Kind::kGated: return convolve<T, Kind::kGated>(in, filter, history, state, segments, y, final_state);
     }
   });
   return {std::move(y), std::move(final_state)};

@@ -1,218 +1,271 @@
 // Gradients of the short convolutions, in one sweep forward in time that recomputes what the forward did.
 //
 // With z the convolution's output and g = dL/dz, token t adds g_t u_{t - (W - 1) + w} to the gradient of tap w, and
-// completes the gradient of the input W - 1 tokens before it: du_{t - (W - 1)} = sum_w tap_w g_{t - w}. So beside the
-// past inputs the sweep carries the W - 1 past g (`pending`), and goes on W - 1 tokens past a segment's end: over the
-// next segment's g, or over zeros and the final state's gradient. What comes out before the sequence's first token is
-// the initial state's gradient.
-#include <type_traits>
-
+// completes the gradient of the input W - 1 tokens before it: du_{t - (W - 1)} = sum_w tap_w g_{t - w}. So the sweep
+// keeps the rows of u and g of the last W - 1 tokens, and goes on W - 1 tokens past a segment's end: over the next
+// segment's g, or over zeros and the final state's gradient. What comes out before the sequence's first token is the
+// initial state's gradient.
+//
+// Tokens are taken a whole row at a time, not kTile at a time as in the forward: up to seven streams are read and
+// written here, and with kTile rows of each the processor's prefetchers lose track (4 read and 3 written, 28 MB: 16 GB/s
+// against 40 row by row, Zen 4). Only the taps' gradients are summed kTile rows at a time, from rows still in cache.
 #include "short_conv/conv.h"
 
 namespace star {
 namespace {
 
-template <class T> struct Backward {
+// One token of a block of channels. Passed by value, as Forward.
+template <class T> struct Row {
   const T *dy, *x, *gate_in, *gate_out;
-  T *dx, *dgate_in, *dgate_out;  // at the same token as the rest
-  int64_t dy_step, x_step, in_step, out_step, d_step;
-  const Wide<T>* taps;  // rows of `filter_rows`
-  int64_t tap_step;
-  Wide<T>*past, *pending;
-  Wide<T>* dtaps;  // W + 1 rows, like `taps`
+  T *dx, *dgate_in, *dgate_out;
   int64_t channels;
+};
 
-  void advance(int64_t tokens) {
-    dy += tokens * dy_step;
-    x += tokens * x_step;
-    gate_in += tokens * in_step;
-    gate_out += tokens * out_step;
-    dx += tokens * d_step;
-    dgate_in += tokens * d_step;
-    dgate_out += tokens * d_step;
+// The last tokens' rows of u or g, oldest first: W - 1 of the past, then up to kTile new ones. A row lies in memory of
+// its own (`slots`), or where the caller's tensor has it already.
+template <class W> struct History {
+  const W** rows;
+  W** slots;
+  int64_t past;
+
+  History(Scratch& scratch, int64_t past_rows, int64_t width) : past(past_rows) {
+    rows = scratch.get<const W*>(past + kTile);
+    slots = scratch.get<W*>(past + kTile);
+    W* memory = scratch.get<W>((past + kTile) * width);
+    for (int64_t r = 0; r < past + kTile; ++r) slots[r] = memory + r * width;
+  }
+  // The first `past` rows back into slots of their own.
+  void restart() {
+    for (int64_t r = 0; r < past; ++r) rows[r] = slots[r];
+  }
+  // Drop the `count` oldest rows; their memory is used again.
+  void drop(int64_t count) {
+    W* freed[kTile];
+    for (int64_t r = 0; r < count; ++r) freed[r] = slots[r];
+    for (int64_t r = 0; r < past; ++r) rows[r] = rows[r + count];
+    for (int64_t r = 0; r + count < past + kTile; ++r) slots[r] = slots[r + count];
+    for (int64_t r = 0; r < count; ++r) slots[past + kTile - count + r] = freed[r];
   }
 };
 
-template <class T, Kind kind, class L> inline Vec<T> input(const Backward<T>& p, int64_t r, int64_t i, L lanes) {
-  const Vec<T> x = Vec<T>::load(p.x + r * p.x_step + i, lanes);
-  if constexpr (kind != Kind::kGated) return x;
-  return x * Vec<T>::load(p.gate_in + r * p.in_step + i, lanes);
-}
+// u and g of one token. `u` points to the rows of W tokens, of which the last is written here, or was there already:
+// for float and double without a gate x itself is u, and without an activation dy itself is g.
+template <class T, Kind kind> constexpr bool kOwnInput = kind == Kind::kGated || sizeof(T) != sizeof(Wide<T>);
+template <class T, Kind kind> constexpr bool kOwnOutput = kind != Kind::kPlain || sizeof(T) != sizeof(Wide<T>);
 
-// g of token r from the convolution's output z there; `own` tokens belong to this segment and leave their gate's
-// gradient.
-template <class T, Kind kind, class L>
-inline Vec<T> output_gradient(const Backward<T>& p, int64_t r, int64_t i, L lanes, Vec<T> z, bool own) {
+template <class T, Kind kind, int kTaps>
+void output_row(Row<T> p, int64_t num_taps, const Wide<T>* taps, const Wide<T>* const* past, Wide<T>* new_u,
+                Wide<T>* new_g, bool own) {
   using V = Vec<T>;
-  const V dy = V::load(p.dy + r * p.dy_step + i, lanes);
-  if constexpr (kind == Kind::kSilu) {
-    const V s = sigmoid(z);
-    return dy * (s * fma(z, V(1) - s, V(1)));
-  } else if constexpr (kind == Kind::kGated) {
-    if (own) (dy * z).store(p.dgate_out + r * p.d_step + i, lanes);
-    return dy * V::load(p.gate_out + r * p.out_step + i, lanes);
-  }
-  return dy;
+  const int64_t count = kTaps > 0 ? kTaps : num_taps;
+  const Wide<T>* u[kTaps > 0 ? kTaps : 1];
+  STAR_UNROLL for (int w = 0; w < kTaps - 1; ++w) u[w] = past[w];
+  sweep<V>(p.channels, [=](int64_t i, auto lanes) {
+    V input = V::load(p.x + i, lanes);
+    if constexpr (kind == Kind::kGated) input = input * V::load(p.gate_in + i, lanes);
+    if constexpr (kOwnInput<T, kind>) input.store(new_u + i, lanes);
+    V g = V::load(p.dy + i, lanes);
+    if constexpr (kind != Kind::kPlain) {
+      const Wide<T>* panel = taps + i * (count + 1);
+      V z = V::load(panel + count * V::N);
+      if constexpr (kTaps > 0) {
+        STAR_UNROLL for (int w = 0; w < kTaps - 1; ++w) z = fma(V::load(panel + w * V::N), V::load(u[w] + i, lanes), z);
+      } else {
+        for (int64_t w = 0; w < count - 1; ++w) z = fma(V::load(panel + w * V::N), V::load(past[w] + i, lanes), z);
+      }
+      z = fma(V::load(panel + (count - 1) * V::N), input, z);
+      if constexpr (kind == Kind::kSilu) {
+        const V s = sigmoid(z);
+        g = g * (s * fma(z, V(1) - s, V(1)));
+      } else {
+        if (own) (g * z).store(p.dgate_out + i, lanes);
+        g = g * V::load(p.gate_out + i, lanes);
+      }
+    }
+    if constexpr (kOwnOutput<T, kind>) g.store(new_g + i, lanes);
+  });
 }
 
-// From du of token r to the gradients of x and its gate.
-template <class T, Kind kind, class L>
-inline void input_gradient(const Backward<T>& p, int64_t r, int64_t i, L lanes, Vec<T> du) {
+// du of a token from the rows of g of the W tokens it reaches, its own first.
+template <class V, int kTaps, class L, class W = typename V::Scalar>
+inline V input_gradient(int64_t num_taps, const W* panel, const W* const* g, int64_t i, L lanes) {
+  const int64_t count = kTaps > 0 ? kTaps : num_taps;
+  V du = V::load(panel) * V::load(g[count - 1] + i, lanes);
+  if constexpr (kTaps > 0) {
+    STAR_UNROLL for (int w = 1; w < kTaps; ++w) {
+      du = fma(V::load(panel + w * V::N), V::load(g[kTaps - 1 - w] + i, lanes), du);
+    }
+  } else {
+    for (int64_t w = 1; w < count; ++w) {
+      du = fma(V::load(panel + w * V::N), V::load(g[count - 1 - w] + i, lanes), du);
+    }
+  }
+  return du;
+}
+
+template <class T, Kind kind, class L> inline void finish_input(const Row<T>& p, int64_t i, L lanes, Vec<T> du) {
   using V = Vec<T>;
   if constexpr (kind == Kind::kGated) {
-    (du * V::load(p.x + r * p.x_step + i, lanes)).store(p.dgate_in + r * p.d_step + i, lanes);
-    du = du * V::load(p.gate_in + r * p.in_step + i, lanes);
+    (du * V::load(p.x + i, lanes)).store(p.dgate_in + i, lanes);
+    du = du * V::load(p.gate_in + i, lanes);
   }
-  du.store(p.dx + r * p.d_step + i, lanes);
+  du.store(p.dx + i, lanes);
 }
 
-// kTile tokens of the whole vectors of channels, all of this segment and W - 1 or more past its begin.
-template <class T, Kind kind, int kTaps> void backward_tile(const Backward<T>& p) {
+template <class T, Kind kind, int kTaps>
+void input_row(Row<T> p, int64_t num_taps, const Wide<T>* taps, const Wide<T>* const* rows) {
   using V = Vec<T>;
-  constexpr int kPast = kTaps - 1;
-  for (int64_t i = 0; i + V::N <= p.channels; i += V::N) {
-    V taps[kTaps], dtaps[kTaps], window[kPast + kTile], g[kPast + kTile];
-    STAR_UNROLL for (int w = 0; w < kTaps; ++w) {
-      taps[w] = V::load(p.taps + w * p.tap_step + i);
-      dtaps[w] = V::load(p.dtaps + w * p.channels + i);
-    }
-    STAR_UNROLL for (int w = 0; w < kPast; ++w) {
-      window[w] = V::load(p.past + w * p.channels + i);
-      g[w] = V::load(p.pending + w * p.channels + i);
-    }
-    const V bias = V::load(p.taps + kTaps * p.tap_step + i);
-    V dbias = V::load(p.dtaps + kTaps * p.channels + i);
-    STAR_UNROLL for (int r = 0; r < kTile; ++r) {
-      window[kPast + r] = input<T, kind>(p, r, i, Full{});
-      V z = bias;
-      if constexpr (kind != Kind::kPlain) {
-        STAR_UNROLL for (int w = 0; w < kTaps; ++w) z = fma(taps[w], window[r + w], z);
-      }
-      const V now = output_gradient<T, kind>(p, r, i, Full{}, z, true);
-      g[kPast + r] = now;
-      STAR_UNROLL for (int w = 0; w < kTaps; ++w) dtaps[w] = fma(now, window[r + w], dtaps[w]);
-      dbias = dbias + now;
-      V du = taps[0] * now;
-      STAR_UNROLL for (int w = 1; w < kTaps; ++w) du = fma(taps[w], g[kPast + r - w], du);
-      input_gradient<T, kind>(p, r - kPast, i, Full{}, du);
-    }
-    STAR_UNROLL for (int w = 0; w < kPast; ++w) {
-      window[kTile + w].store(p.past + w * p.channels + i);
-      g[kTile + w].store(p.pending + w * p.channels + i);
-    }
-    STAR_UNROLL for (int w = 0; w < kTaps; ++w) dtaps[w].store(p.dtaps + w * p.channels + i);
-    dbias.store(p.dtaps + kTaps * p.channels + i);
-  }
+  const int64_t count = kTaps > 0 ? kTaps : num_taps;
+  const Wide<T>* g[kTaps > 0 ? kTaps : 1];
+  STAR_UNROLL for (int w = 0; w < kTaps; ++w) g[w] = rows[w];
+  sweep<V>(p.channels, [=](int64_t i, auto lanes) {
+    const V du =
+        input_gradient<V, kTaps>(num_taps, taps + i * (count + 1), kTaps > 0 ? g : rows, i, lanes);
+    finish_input<T, kind>(p, i, lanes, du);
+  });
 }
 
-// What one token does when it is taken alone.
-struct Token {
-  bool inside;  // of the sequence: it has an input and an output
-  bool own;     // of the segment: it counts in the gradients of taps, bias and outer gate
-  bool writes;  // du of W - 1 tokens before belongs to the segment
-};
-
-// One token of the channels from `from` on, any number of taps; the same operations in the same order. `dstate` is
-// where du goes if it belongs to the initial state, and `dfinal` what the final state's gradient adds to it; either may
-// be nullptr, and both are states, W - 1 apart from channel to channel.
+// The same at a sequence's ends: `dfinal`, if there is one, is added, and before the first token du belongs to the
+// initial state. Both are states, W - 1 apart from channel to channel.
 template <class T, Kind kind>
-void backward_token(const Backward<T>& p, int64_t num_taps, int64_t from, Token token, Wide<T>* dstate,
-                    const Wide<T>* dfinal) {
+void edge_row(Row<T> p, int64_t num_taps, const Wide<T>* taps, const Wide<T>* const* g, Wide<T>* dstate,
+              const Wide<T>* dfinal) {
   using V = Vec<T>;
-  const int64_t past = num_taps - 1;
-  sweep<V>(p.channels - from, [&](int64_t offset, auto lanes) {
-    const int64_t i = from + offset;
-    V now(0);
-    if (token.inside) {
-      const V value = input<T, kind>(p, 0, i, lanes);
-      V z = V::load(p.taps + num_taps * p.tap_step + i, lanes);
-      if constexpr (kind != Kind::kPlain) {
-        for (int64_t w = 0; w < num_taps; ++w) {
-          const V earlier = w < past ? V::load(p.past + w * p.channels + i, lanes) : value;
-          z = fma(V::load(p.taps + w * p.tap_step + i, lanes), earlier, z);
-        }
-      }
-      now = output_gradient<T, kind>(p, 0, i, lanes, z, token.own);
-      for (int64_t w = 0; w < num_taps; ++w) {
-        const V earlier = w < past ? V::load(p.past + w * p.channels + i, lanes) : value;
-        if (token.own) {
-          Wide<T>* dtap = p.dtaps + w * p.channels + i;
-          fma(now, earlier, V::load(dtap, lanes)).store(dtap, lanes);
-        }
-        if (w > 0) earlier.store(p.past + (w - 1) * p.channels + i, lanes);
-      }
-      if (token.own) {
-        Wide<T>* dbias = p.dtaps + num_taps * p.channels + i;
-        (V::load(dbias, lanes) + now).store(dbias, lanes);
-      }
-    }
-    V du = V::load(p.taps + i, lanes) * now;
-    for (int64_t w = 1; w < num_taps; ++w) {
-      du = fma(V::load(p.taps + w * p.tap_step + i, lanes), V::load(p.pending + (past - w) * p.channels + i, lanes), du);
-    }
-    for (int64_t w = 0; w < past; ++w) {
-      const V later = w + 1 < past ? V::load(p.pending + (w + 1) * p.channels + i, lanes) : now;
-      later.store(p.pending + w * p.channels + i, lanes);
-    }
+  const int64_t step = num_taps - 1;
+  sweep<V>(p.channels, [&](int64_t i, auto lanes) {
+    V du = input_gradient<V, 0>(num_taps, taps + i * (num_taps + 1), g, i, lanes);
     int64_t count = V::N;
     if constexpr (!decltype(lanes)::kFull) count = lanes.count;
     Wide<T> part[V::N];
     if (dfinal != nullptr) {
-      for (int64_t c = 0; c < count; ++c) part[c] = dfinal[(i + c) * past];
+      for (int64_t c = 0; c < count; ++c) part[c] = dfinal[(i + c) * step];
       du = du + V::load(part, lanes);
     }
-    if (token.writes) input_gradient<T, kind>(p, -past, i, lanes, du);
-    if (dstate != nullptr) {
-      du.store(part, lanes);
-      for (int64_t c = 0; c < count; ++c) dstate[(i + c) * past] = part[c];
+    if (dstate == nullptr) return finish_input<T, kind>(p, i, lanes, du);
+    du.store(part, lanes);
+    for (int64_t c = 0; c < count; ++c) dstate[(i + c) * step] = part[c];
+  });
+}
+
+// Add g_t u_{t - (W - 1) + w} of `count` tokens to the gradient of tap w, and g_t to the bias's: panels of W + 1 rows.
+template <class V, int kTaps, class W = typename V::Scalar>
+void sum_taps(int64_t num_taps, int64_t count, int64_t channels, const W* const* u, const W* const* g, W* dtaps) {
+  sweep<V>(channels, [=](int64_t i, auto lanes) {
+    W* panel = dtaps + i * (num_taps + 1);
+    if constexpr (kTaps > 0 && decltype(lanes)::kFull) {
+      if (count == kTile) {
+        V sums[kTaps + 1], window[kTaps - 1 + kTile];
+        STAR_UNROLL for (int w = 0; w <= kTaps; ++w) sums[w] = V::load(panel + w * V::N);
+        STAR_UNROLL for (int w = 0; w < kTaps - 1; ++w) window[w] = V::load(u[w] + i);
+        STAR_UNROLL for (int r = 0; r < kTile; ++r) {
+          window[kTaps - 1 + r] = V::load(u[kTaps - 1 + r] + i);
+          const V now = V::load(g[r] + i);
+          STAR_UNROLL for (int w = 0; w < kTaps; ++w) sums[w] = fma(now, window[r + w], sums[w]);
+          sums[kTaps] = sums[kTaps] + now;
+        }
+        STAR_UNROLL for (int w = 0; w <= kTaps; ++w) sums[w].store(panel + w * V::N);
+        return;
+      }
+    }
+    for (int64_t w = 0; w <= num_taps; ++w) {
+      V sum = V::load(panel + w * V::N);
+      for (int64_t r = 0; r < count; ++r) {
+        const V now = V::load(g[r] + i, lanes);
+        sum = w == num_taps ? sum + now : fma(now, V::load(u[r + w] + i, lanes), sum);
+      }
+      sum.store(panel + w * V::N);
     }
   });
 }
 
-// The unrolled tile for W taps; none for W > 7, nor for float64, which is not tuned.
-template <class T, Kind kind> void (*backward_tile_for(int64_t taps))(const Backward<T>&) {
-  if constexpr (!std::is_same_v<T, double>) {
-    switch (taps) {
-      case 1: return backward_tile<T, kind, 1>;
-      case 2: return backward_tile<T, kind, 2>;
-      case 3: return backward_tile<T, kind, 3>;
-      case 4: return backward_tile<T, kind, 4>;
-      case 5: return backward_tile<T, kind, 5>;
-      case 6: return backward_tile<T, kind, 6>;
-      case 7: return backward_tile<T, kind, 7>;
-      default: break;
-    }
-  }
-  return nullptr;
-}
+// The loops for W taps: unrolled up to 7 and general above, as for float64, which is not tuned.
+template <class T, Kind kind> struct Loops {
+  decltype(&output_row<T, kind, 0>) output;
+  decltype(&input_row<T, kind, 0>) input;
+  decltype(&sum_taps<Vec<T>, 0>) sum;
 
-// One segment of one block of channels. `p` stands at the segment's first token; `dstate` and `dfinal` are the states
-// (channels, W - 1) of its sequence.
-template <class T, Kind kind>
-void backward_segment(Backward<T> p, int64_t num_taps, const Segment& segment, Wide<T>* dstate,
-                      const Wide<T>* dfinal) {
-  const int64_t past = num_taps - 1;
-  const auto tile = backward_tile_for<T, kind>(num_taps);
-  const int64_t whole = p.channels / Vec<T>::N * Vec<T>::N;
-  const auto one = [&](const Backward<T>& at, int64_t t, int64_t from) {
-    const int64_t before = t - past, index = t - segment.start;
-    Wide<T>* to_state = segment.begin == segment.start && before < segment.start ? dstate + index : nullptr;
-    const Wide<T>* from_state = t >= segment.stop && dfinal != nullptr ? dfinal + (t - segment.stop) : nullptr;
-    backward_token<T, kind>(at, num_taps, from, {t < segment.stop, t < segment.end, before >= segment.begin}, to_state,
-                            from_state);
-  };
-  int64_t t = segment.begin;
-  if (tile != nullptr && whole > 0) {
-    for (; t < segment.end && t < segment.begin + past; ++t, p.advance(1)) one(p, t, 0);
-    for (; t + kTile <= segment.end; t += kTile, p.advance(kTile)) {
-      tile(p);
-      if (whole < p.channels) {
-        Backward<T> rest = p;
-        for (int r = 0; r < kTile; ++r, rest.advance(1)) one(rest, t + r, whole);
+  template <int kTaps> static Loops of() {
+    return {output_row<T, kind, kTaps>, input_row<T, kind, kTaps>, sum_taps<Vec<T>, kTaps>};
+  }
+  explicit Loops(int64_t taps) : Loops(of<0>()) {
+    if constexpr (!std::is_same_v<T, double>) {
+      switch (taps) {
+        case 1: *this = of<1>(); break;
+        case 2: *this = of<2>(); break;
+        case 3: *this = of<3>(); break;
+        case 4: *this = of<4>(); break;
+        case 5: *this = of<5>(); break;
+        case 6: *this = of<6>(); break;
+        case 7: *this = of<7>(); break;
+        default: break;
       }
     }
   }
-  for (; t < segment.end + past; ++t, p.advance(1)) one(p, t, 0);
+
+ private:
+  Loops(decltype(output) o, decltype(input) i, decltype(sum) s) : output(o), input(i), sum(s) {}
+};
+
+// The tensors along time of one call.
+template <class T> struct Planes {
+  Plane<const T> dy, x, gate_in, gate_out;
+  Plane<T> dx, dgate_in, dgate_out;
+
+  Row<T> row(const Segment& segment, int64_t t, int64_t channel, int64_t channels) const {
+    const int64_t b = segment.batch;
+    return {dy.at(b, t, channel),       x.at(b, t, channel),  gate_in.at(b, t, channel),
+            gate_out.at(b, t, channel), dx.at(b, t, channel), dgate_in.at(b, t, channel),
+            dgate_out.at(b, t, channel), channels};
+  }
+};
+
+// One segment of one block of channels. `dstate` and `dfinal` are the states (channels, W - 1) of its sequence from
+// `channel` on; `dtaps` panels of W + 1 rows.
+template <class T, Kind kind>
+void backward_segment(const Planes<T>& planes, const Segment& segment, int64_t num_taps, const Wide<T>* taps,
+                      int64_t channel, int64_t channels, History<Wide<T>>& u, History<Wide<T>>& g, Wide<T>* dstate,
+                      const Wide<T>* dfinal, Wide<T>* dtaps) {
+  const int64_t past = num_taps - 1;
+  const Loops<T, kind> loops(num_taps);
+  const auto zero = [channels](Wide<T>* row) {
+    fill_zeros(row, channels * static_cast<int64_t>(sizeof(Wide<T>)));
+    return row;
+  };
+  g.restart();
+  for (int64_t w = 0; w < past; ++w) zero(g.slots[w]);
+  for (int64_t t = segment.begin; t < segment.end + past; t += kTile) {
+    const int64_t left = segment.end + past - t, count = left < kTile ? left : kTile;
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t now = t + r, before = now - past;
+      if (now < segment.stop) {
+        const Row<T> p = planes.row(segment, now, channel, channels);
+        u.rows[past + r] = u.slots[past + r];
+        g.rows[past + r] = g.slots[past + r];
+        if constexpr (!kOwnInput<T, kind>) u.rows[past + r] = p.x;
+        if constexpr (!kOwnOutput<T, kind>) g.rows[past + r] = p.dy;
+        if constexpr (kOwnInput<T, kind> || kOwnOutput<T, kind>) {
+          loops.output(p, num_taps, taps, u.rows + r, u.slots[past + r], g.slots[past + r], now < segment.end);
+        }
+      } else {
+        u.rows[past + r] = u.slots[past + r];
+        g.rows[past + r] = zero(g.slots[past + r]);
+      }
+      const bool inside = before >= segment.begin;
+      const bool to_state = segment.begin == segment.start && before < segment.start;
+      const bool from_state = now >= segment.stop && dfinal != nullptr;
+      if (to_state || (inside && from_state)) {
+        edge_row<T, kind>(inside ? planes.row(segment, before, channel, channels) : Row<T>{{}, {}, {}, {}, {}, {}, {}, channels},
+                          num_taps, taps, g.rows + r, to_state ? dstate + (now - segment.start) : nullptr,
+                          from_state ? dfinal + (now - segment.stop) : nullptr);
+      } else if (inside) {
+        loops.input(planes.row(segment, before, channel, channels), num_taps, taps, g.rows + r);
+      }
+    }
+    const int64_t own = segment.end - t < count ? segment.end - t : count;
+    if (own > 0) loops.sum(num_taps, own, channels, u.rows, g.rows + past, dtaps);
+    u.drop(count);
+    g.drop(count);
+  }
 }
 
 struct Gradients {
@@ -220,59 +273,53 @@ struct Gradients {
 };
 
 template <class T, Kind kind>
-void convolve_backward(const Tensor& dy_tensor, const Tensor& dfinal_tensor, const Streams& in, const Tensor& rows,
-                       const Tensor& state, const std::vector<Segment>& segments, Gradients& out, Tensor& dtaps) {
+void convolve_backward(const Tensor& dy, const Tensor& dfinal_tensor, const Streams& in, const Tensor& filter,
+                       int64_t num_taps, const Tensor& state, const std::vector<Segment>& segments, Gradients& out,
+                       Tensor& dtaps) {
   using W = Wide<T>;
   using V = Vec<T>;
-  const int64_t channels = in.x.size(2), num_taps = rows.size(0) - 1, past_rows = num_taps - 1;
-  const int64_t blocks = blocks_of(channels), num_segments = static_cast<int64_t>(segments.size());
-  const Plane<const T> dy(dy_tensor), x(in.x), gate_in(in.gate_in), gate_out(in.gate_out);
-  const Plane<T> dx(out.dx), dgate_in(out.dgate_in), dgate_out(out.dgate_out);
-  const W *filter = rows.data<W>(), *initial = state ? state.data<W>() : nullptr;
+  const int64_t channels = in.x.size(2), past = num_taps - 1, blocks = blocks_of(channels);
+  const Planes<T> planes{Plane<const T>(dy),          Plane<const T>(in.x), Plane<const T>(in.gate_in),
+                         Plane<const T>(in.gate_out), Plane<T>(out.dx),     Plane<T>(out.dgate_in),
+                         Plane<T>(out.dgate_out)};
+  const W *taps = filter.data<W>(), *initial = state ? state.data<W>() : nullptr;
   const W* dfinal = dfinal_tensor ? dfinal_tensor.data<W>() : nullptr;
   W* dstate = out.dstate.mutable_data<W>();
   // Segments are summed within a chunk first, and the chunks after that, in an order that the sizes fix.
-  const RowChunks chunks(num_segments, 1);
-  Tensor partial = zeros({chunks.count, num_taps + 1, channels}, dtype_of<W>());
+  const RowChunks chunks(static_cast<int64_t>(segments.size()), 1);
+  Tensor partial = zeros({chunks.count, (num_taps + 1) * padded<V>(channels)}, dtype_of<W>());
   W* partial_data = partial.mutable_data<W>();
   const int64_t num_tasks = chunks.count * blocks;
-  const int64_t cost = 2 * in.x.size(0) * in.x.size(1) * channels / num_tasks;
+  const int64_t cost = 2 * in.x.size(0) * in.x.size(1) * channels / (num_tasks > 0 ? num_tasks : 1);
   parallel_for(num_tasks, grain_rows(cost), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task / blocks, channel = task % blocks * kBlockChannels;
       const int64_t width = channels - channel < kBlockChannels ? channels - channel : kBlockChannels;
+      const int64_t numbers = (num_taps + 1) * padded<V>(width);
       Scratch scratch;
-      W *past = scratch.get<W>(past_rows * width), *pending = scratch.get<W>(past_rows * width);
-      W* sums = scratch.get<W>((num_taps + 1) * width);
+      History<W> u(scratch, past, width), g(scratch, past, width);
+      W* sums = scratch.get<W>(numbers);
       for (int64_t s = chunks.begin(chunk); s < chunks.begin(chunk + 1); ++s) {
         const Segment& segment = segments[static_cast<size_t>(s)];
-        const int64_t state_offset = (segment.sequence * channels + channel) * past_rows;
-        load_past<T>(segment, initial == nullptr ? nullptr : initial + state_offset, past_rows, x, gate_in, channel,
-                     width, past);
-        for (int64_t i = 0; i < past_rows * width; ++i) pending[i] = 0;
-        for (int64_t i = 0; i < (num_taps + 1) * width; ++i) sums[i] = 0;
-        const int64_t b = segment.batch, t = segment.begin;
-        const Backward<T> p{dy.at(b, t, channel),       x.at(b, t, channel),
-                            gate_in.at(b, t, channel),  gate_out.at(b, t, channel),
-                            dx.at(b, t, channel),       dgate_in.at(b, t, channel),
-                            dgate_out.at(b, t, channel), dy.token,
-                            x.token,                    gate_in.token,
-                            gate_out.token,             dx.token,
-                            filter + channel,           channels,
-                            past,                       pending,
-                            sums,                       width};
-        backward_segment<T, kind>(p, num_taps, segment, dstate + state_offset,
-                                  dfinal == nullptr ? nullptr : dfinal + state_offset);
-        for (int64_t w = 0; w <= num_taps; ++w) {
-          W* to = partial_data + (chunk * (num_taps + 1) + w) * channels + channel;
-          sweep<V>(width, [=](int64_t i, auto lanes) {
-            (V::load(to + i, lanes) + V::load(sums + w * width + i, lanes)).store(to + i, lanes);
-          });
+        const int64_t offset = (segment.sequence * channels + channel) * past;
+        u.restart();
+        for (int64_t w = 0; w < past; ++w) {
+          W* row = u.slots[w];
+          past_input<T>(segment, initial == nullptr ? nullptr : initial + offset, past, planes.x, planes.gate_in,
+                        channel, width, w,
+                        [row](int64_t i, V value, auto lanes) { value.store(row + i, lanes); });
         }
+        fill_zeros(sums, numbers * static_cast<int64_t>(sizeof(W)));
+        backward_segment<T, kind>(planes, segment, num_taps, taps + channel * (num_taps + 1), channel, width, u, g,
+                                  dstate + offset, dfinal == nullptr ? nullptr : dfinal + offset, sums);
+        W* to = partial_data + (chunk * padded<V>(channels) + channel) * (num_taps + 1);
+        sweep<V>(numbers, [=](int64_t i, auto lanes) {
+          (V::load(to + i, lanes) + V::load(sums + i, lanes)).store(to + i, lanes);
+        });
       }
     }
   });
-  add_chunks<V>(partial_data, chunks.count, (num_taps + 1) * channels, dtaps.mutable_data<W>());
+  add_chunks<V>(partial_data, chunks.count, (num_taps + 1) * padded<V>(channels), dtaps.mutable_data<W>());
 }
 
 Gradients run_backward(Kind kind, const Tensor& dy, const OptionalTensor& dfinal_any, const Streams& in,
@@ -295,26 +342,30 @@ Gradients run_backward(Kind kind, const Tensor& dy, const OptionalTensor& dfinal
   dispatch_dtype(in.x.dtype(), [&](auto element) {
     using T = decltype(element);
     constexpr DType kWide = dtype_of<Wide<T>>();
-    const Tensor rows = filter_rows<Wide<T>>(weight, bias);
+    using V = Vec<T>;
+    const Tensor filter = filter_panels<T>(weight, bias);
     const Tensor state = initial_state ? cast(initial_state, kWide) : Tensor();
     const Tensor dfinal = dfinal_any ? cast(dfinal_any, kWide) : Tensor();
     out.dstate = empty(3, state_sizes, kWide);
-    Tensor dtaps = empty({num_taps + 1, channels}, kWide);
+    Tensor dtaps = empty({(num_taps + 1) * padded<V>(channels)}, kWide);
     switch (kind) {
       case Kind::kPlain:
-        convolve_backward<T, Kind::kPlain>(dy, dfinal, in, rows, state, segments, out, dtaps);
+        convolve_backward<T, Kind::kPlain>(dy, dfinal, in, filter, num_taps, state, segments, out, dtaps);
         break;
-      case Kind::kSilu: convolve_backward<T, Kind::kSilu>(dy, dfinal, in, rows, state, segments, out, dtaps); break;
+      case Kind::kSilu: convolve_backward<T, Kind::kSilu>(dy, dfinal, in, filter, num_taps, state, segments, out, dtaps); break;
       case Kind::kGated:
-        convolve_backward<T, Kind::kGated>(dy, dfinal, in, rows, state, segments, out, dtaps);
+        convolve_backward<T, Kind::kGated>(dy, dfinal, in, filter, num_taps, state, segments, out, dtaps);
         break;
     }
     const Wide<T>* sums = dtaps.data<Wide<T>>();
     Tensor dweight = empty({channels, num_taps}, kWide);
-    rows_to_state(sums, channels, num_taps, channels, dweight.mutable_data<Wide<T>>());
+    from_panels<V>(sums, num_taps + 1, num_taps, channels, dweight.mutable_data<Wide<T>>());
     out.dweight = cast(dweight, weight.dtype());
     Tensor dbias = empty({bias ? channels : 0}, kWide);
-    for (int64_t c = 0; c < dbias.size(0); ++c) dbias.mutable_data<Wide<T>>()[c] = sums[num_taps * channels + c];
+    Wide<T>* dbias_data = dbias.mutable_data<Wide<T>>();
+    sweep<V>(dbias.size(0), [=](int64_t i, auto lanes) {
+      V::load(sums + i * (num_taps + 1) + num_taps * V::N, lanes).store(dbias_data + i, lanes);
+    });
     out.dbias = bias ? cast(dbias, bias.dtype()) : std::move(dbias);
     if (initial_state) out.dstate = cast(out.dstate, initial_state.dtype());
   });

@@ -44,18 +44,25 @@ std::vector<Segment> cut(const Tensor& x, const OptionalTensor& cu_seqlens) {
   return segments;
 }
 
-template <class W> Tensor filter_rows(const Tensor& weight_any, const OptionalTensor& bias_any) {
+template <class T> Tensor filter_panels(const Tensor& weight_any, const OptionalTensor& bias_any) {
+  using V = Vec<T>;
+  using W = Wide<T>;
   const Tensor weight = cast(weight_any, dtype_of<W>());
   const int64_t channels = weight.size(0), taps = weight.size(1);
-  Tensor rows = empty({taps + 1, channels}, dtype_of<W>());
-  W* out = rows.mutable_data<W>();
-  state_to_rows(weight.data<W>(), taps, channels, out, channels);
+  Tensor panels = empty({padded<V>(channels) * (taps + 1)}, dtype_of<W>());
+  W* out = panels.mutable_data<W>();
+  to_panels<V>(weight.data<W>(), taps, channels, out, taps + 1);
   const Tensor bias = bias_any ? cast(bias_any, dtype_of<W>()) : Tensor();
-  for (int64_t c = 0; c < channels; ++c) out[taps * channels + c] = bias ? bias.data<W>()[c] : 0;
-  return rows;
+  const W* offset = bias ? bias.data<W>() : nullptr;
+  const V zero(0);
+  sweep<V>(channels, [=](int64_t i, auto lanes) {
+    (offset == nullptr ? zero : V::load(offset + i, lanes)).store(out + i * (taps + 1) + taps * V::N);
+  });
+  return panels;
 }
-template Tensor filter_rows<float>(const Tensor&, const OptionalTensor&);
-template Tensor filter_rows<double>(const Tensor&, const OptionalTensor&);
+template Tensor filter_panels<float>(const Tensor&, const OptionalTensor&);
+template Tensor filter_panels<bf16>(const Tensor&, const OptionalTensor&);
+template Tensor filter_panels<double>(const Tensor&, const OptionalTensor&);
 
 void check_filter(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& state,
                   int64_t sequences) {

@@ -1,0 +1,88 @@
+"""Rivals from other packages, where they are installed: their torch code that runs on a CPU.
+
+A package that is not there, or that fails to import, has no rows. Nothing here is a dependency.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+from typing import Any
+
+from torch import Tensor
+
+from bench.peers import Function, Peer
+
+
+def installed_peers(operator: str) -> tuple[Peer, ...]:
+    """Return an operator's rivals from the packages that import here."""
+    candidates = _CANDIDATES.get(operator, ())
+    return tuple(peer for peer, module, name in candidates if _found(module, name) is not None)
+
+
+@cache
+def _found(module: str, name: str) -> Function | None:
+    try:
+        function: Function | None = getattr(importlib.import_module(module), name, None)
+    except Exception:
+        # Not installed, or broken: a package built for another torch may raise anything.
+        return None
+    return function
+
+
+def _call(module: str, name: str) -> Function:
+    function = _found(module, name)
+    assert function is not None  # only found ones are offered
+    return function
+
+
+_FLA_GLA = ("fla.ops.gla.naive", "naive_recurrent_gla")
+_FLA_DELTA = ("fla.ops.gated_delta_rule.naive", "naive_chunk_gated_delta_rule")
+_TRANSFORMERS_DELTA = ("transformers.models.qwen3_next.modeling_qwen3_next", "torch_chunk_gated_delta_rule")
+_MAMBA_SCAN = ("mamba_ssm.ops.selective_scan_interface", "selective_scan_ref")
+_CONV = ("causal_conv1d.causal_conv1d_interface", "causal_conv1d_ref")
+
+
+def _fla_gated_linear_attention(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor) -> Any:
+    return _call(*_FLA_GLA)(q, k, v, log_decay)[0]
+
+
+def _fla_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> Any:
+    return _call(*_FLA_DELTA)(q=q, k=k, v=v, g=log_decay, beta=beta)[0]
+
+
+def _transformers_gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor) -> Any:
+    return _call(*_TRANSFORMERS_DELTA)(q, k, v, g=log_decay, beta=beta)[0]
+
+
+def _mamba_selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    dt_bias: Tensor,
+    dt_softplus: bool = False,
+) -> Any:
+    u, delta, gate = (one.transpose(1, 2) for one in (x, dt, z))
+    inward, outward = (one.permute(0, 2, 3, 1) for one in (B, C))
+    scan = _call(*_MAMBA_SCAN)
+    y = scan(u, delta, A, inward, outward, D=D, z=gate, delta_bias=dt_bias, delta_softplus=dt_softplus)
+    return y.transpose(1, 2)
+
+
+def _causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, activation: str | None = None) -> Any:
+    return _call(*_CONV)(x.transpose(1, 2), weight, bias, activation=activation).transpose(1, 2)
+
+
+_CANDIDATES: dict[str, tuple[tuple[Peer, str, str], ...]] = {
+    "gated_linear_attention": ((Peer("fla", _fla_gated_linear_attention), *_FLA_GLA),),
+    "gated_delta_rule": (
+        (Peer("fla", _fla_gated_delta_rule), *_FLA_DELTA),
+        (Peer("transformers", _transformers_gated_delta_rule), *_TRANSFORMERS_DELTA),
+    ),
+    "selective_scan": ((Peer("mamba-ssm", _mamba_selective_scan), *_MAMBA_SCAN),),
+    "causal_conv1d": ((Peer("causal-conv1d", _causal_conv1d), *_CONV),),
+}

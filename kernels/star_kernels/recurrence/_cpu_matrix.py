@@ -1,0 +1,217 @@
+"""The compiled recurrences with a matrix state: fakes and gradients for cpu_ssd.cpp, cpu_gla.cpp and
+cpu_delta_rule.cpp.
+
+A step's gradient is the sequence operator's for one token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from star_kernels._native import native_operator, serve
+
+Gradients = tuple[Tensor | None, ...]
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _state(x: Tensor, cu_seqlens: Tensor | None, *shape: int) -> Tensor:
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return torch.empty((sequences, *shape), dtype=_wide(x), device=x.device)
+
+
+def _given(gradients: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...]) -> Gradients:
+    """Return None in place of the gradients of what was not given."""
+    return tuple(None if one is None else gradient for gradient, one in zip(gradients, inputs, strict=True))
+
+
+def _fake_gradients(like: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    """Build a gradient for each input, an empty tensor for one that was not given."""
+    absent = torch.empty((0,), dtype=_wide(like), device=like.device)
+    return tuple(absent.clone() if one is None else _like(one) for one in inputs)
+
+
+def _token(x: Tensor | None) -> Tensor | None:
+    """Give one token (B, ...) its time axis."""
+    return None if x is None else x.unsqueeze(1)
+
+
+# ssd
+
+
+def _fake_ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _like(x), _state(x, rest[-1], *x.shape[2:], B.shape[3])
+
+
+def _fake_ssd_backward(
+    dy: Tensor | None,
+    dfinal: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, ...]:
+    return _fake_gradients(x, x, dt, A, B, C, D, z, dt_bias, initial_state)
+
+
+def _save_ssd(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.dt_softplus, initial_state, cu_seqlens = inputs
+    ctx.save_for_backward(*tensors, initial_state, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _ssd_gradient(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> Gradients:
+    *tensors, initial_state, cu_seqlens = ctx.saved_tensors
+    found = _ssd_backward(dy, dfinal, *tensors, ctx.dt_softplus, initial_state, cu_seqlens)
+    *gradients, dinitial = _given(found, (*tensors, initial_state))
+    return (*gradients, None, dinitial, None)
+
+
+def _fake_ssd_step(state: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _like(x), torch.empty(state.shape, dtype=_wide(x), device=x.device)
+
+
+def _save_ssd_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.dt_softplus = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _ssd_step_gradient(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> Gradients:
+    state, x, dt, A, B, C, D, z, dt_bias = ctx.saved_tensors
+    timed = (_token(x), _token(dt), A, _token(B), _token(C), D, _token(z), dt_bias)
+    found = _ssd_backward(_token(dy), dstate, *timed, ctx.dt_softplus, state, None)
+    dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial = _given(found, (*timed, state))
+    one = (dx, ddt, dB, dC, dz)
+    dx, ddt, dB, dC, dz = (None if each is None else each.squeeze(1) for each in one)
+    return (dinitial, dx, ddt, dA, dB, dC, dD, dz, dbias, None)
+
+
+_ssd_backward = native_operator("ssd_backward", fake=_fake_ssd_backward)
+ssd = native_operator("ssd", fake=_fake_ssd, setup_context=_save_ssd, backward=_ssd_gradient)
+ssd_step = native_operator("ssd_step", fake=_fake_ssd_step, setup_context=_save_ssd_step, backward=_ssd_step_gradient)
+
+
+# gated linear attention and the gated delta rule: `gates` are (log_decay,) and (log_decay, beta)
+
+
+def _fake_memory(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _like(v), _state(q, rest[-1], *q.shape[2:], v.shape[3])
+
+
+def _fake_memory_step(state: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return _like(v), torch.empty(state.shape, dtype=_wide(q), device=q.device)
+
+
+def _fake_memory_backward(dout: Tensor | None, dfinal: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
+    *tensors, _, initial_state, _ = inputs
+    return _fake_gradients(tensors[0], *tensors, initial_state)
+
+
+def _save_memory(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.scale, initial_state, cu_seqlens = inputs
+    ctx.save_for_backward(*tensors, initial_state, cu_seqlens)
+    ctx.set_materialize_grads(False)
+
+
+def _save_memory_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _memory_operators(name: str) -> tuple[Any, Any]:
+    """Complete an operator and its step."""
+    gradient = native_operator(f"{name}_backward", fake=_fake_memory_backward)
+
+    def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> Gradients:
+        *tensors, initial_state, cu_seqlens = ctx.saved_tensors
+        found = gradient(dout, dfinal, *tensors, ctx.scale, initial_state, cu_seqlens)
+        *gradients, dinitial = _given(found, (*tensors, initial_state))
+        return (*gradients, None, dinitial, None)
+
+    def step_backward(ctx: Any, dout: Tensor | None, dstate: Tensor | None) -> Gradients:
+        state, *tensors = ctx.saved_tensors
+        found = gradient(_token(dout), dstate, *(_token(one) for one in tensors), ctx.scale, state, None)
+        *gradients, dinitial = found
+        return (dinitial, *(one.squeeze(1) for one in gradients), None)
+
+    whole = native_operator(name, fake=_fake_memory, setup_context=_save_memory, backward=backward)
+    step = native_operator(
+        f"{name}_step", fake=_fake_memory_step, setup_context=_save_memory_step, backward=step_backward
+    )
+    return whole, step
+
+
+_gla, _gla_step = _memory_operators("gated_linear_attention")
+_delta, _delta_step = _memory_operators("gated_delta_rule")
+
+
+def _factor(q: Tensor, scale: float | None) -> float:
+    # No key channels: the outputs are zero whatever the factor.
+    return float(max(q.shape[-1], 1) ** -0.5) if scale is None else float(scale)
+
+
+def gated_linear_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    scale: float | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Any:
+    """Serve `star_kernels.gated_linear_attention`."""
+    return _gla(q, k, v, log_decay, _factor(q, scale), initial_state, cu_seqlens)
+
+
+def gated_linear_attention_step(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float | None
+) -> Any:
+    """Serve `star_kernels.gated_linear_attention_step`."""
+    return _gla_step(state, q, k, v, log_decay, _factor(q, scale))
+
+
+def gated_delta_rule(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor,
+    beta: Tensor,
+    scale: float | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Any:
+    """Serve `star_kernels.gated_delta_rule`."""
+    return _delta(q, k, v, log_decay, beta, _factor(q, scale), initial_state, cu_seqlens)
+
+
+def gated_delta_rule_step(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, scale: float | None
+) -> Any:
+    """Serve `star_kernels.gated_delta_rule_step`."""
+    return _delta_step(state, q, k, v, log_decay, beta, _factor(q, scale))
+
+
+serve("ssd", ssd)
+serve("ssd_step", ssd_step)
+serve("gated_linear_attention", gated_linear_attention)
+serve("gated_linear_attention_step", gated_linear_attention_step)
+serve("gated_delta_rule", gated_delta_rule)
+serve("gated_delta_rule_step", gated_delta_rule_step)

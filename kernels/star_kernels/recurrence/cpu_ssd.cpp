@@ -1,0 +1,549 @@
+// Mamba-2's scan: S_t = exp(s_t A) S_{t-1} + s_t x_t B_t^T, y_t = (S_t C_t + D x_t) silu(z_t), with s_t = softplus(dt_t
+// + dt_bias).
+//
+// Forward: the products C_i . B_j of every chunk, which the heads of a group share, then each head by itself over time.
+// Backward: each head over time for its states and their gradients at the chunks' ends, then each chunk by itself, all
+// heads of a group together: the gradients of B and C need no sum across tasks, and take one triangle for all heads.
+#include "chunked.h"
+
+namespace star {
+namespace {
+
+using namespace chunked;  // NOLINT
+
+// Chunk states held at once in backward, beside their gradients: 16 MB in float32, which a last-level cache holds.
+constexpr int64_t kHeldElements = int64_t{1} << 22;
+
+void check(const Tensor& x, const Tensor& dt, const Tensor& a, const Tensor& b, const Tensor& c, int64_t axes) {
+  require(x.dim() == axes && dt.dim() == axes - 1 && a.dim() == 1 && b.dim() == axes && c.same_shape(b),
+          "ssd: x must be (B, T, H, P), dt (B, T, H), A (H,), B and C (B, T, G, N)");
+  const int64_t heads = x.size(-2), groups = b.size(-2);
+  require(dt.size(-1) == heads && a.size(0) == heads && groups > 0 && heads % groups == 0,
+          "ssd: dt and A must have the heads of x, and B groups that divide them");
+  for (int64_t axis = 0; axis < axes - 2; ++axis) {
+    require(dt.size(axis) == x.size(axis) && b.size(axis) == x.size(axis), "ssd: dt, B and C must have x's B and T");
+  }
+}
+
+// y = (y + skip x) silu(gate), over a padded run.
+template <class W>
+void finish_rows(int64_t count, bool has_skip, W skip, const W* x, const W* gate, W* y) {
+  using V = Vec<W>;
+  if (!has_skip && gate == nullptr) return;
+  each_vector<W>(count, [=](int64_t i) {
+    V out = V::load(y + i);
+    if (has_skip) out = fma(V(skip), V::load(x + i), out);
+    if (gate != nullptr) out = out * silu(V::load(gate + i));
+    out.store(y + i);
+  });
+}
+
+// sum += x by rows, and products_i = x_i . other_i.
+template <class W>
+void add_rows(int64_t rows, int64_t row, const W* x, const W* other, W* sum, W* products) {
+  using V = Vec<W>;
+  for (int64_t i = 0; i < rows; ++i) {
+    V product(0);
+    each_vector<W>(row, [&](int64_t j) {
+      const V value = V::load(x + i * row + j);
+      (V::load(sum + i * row + j) + value).store(sum + i * row + j);
+      product = fma(value, V::load(other + i * row + j), product);
+    });
+    products[i] = reduce_add(product);
+  }
+}
+
+template <class W> struct Ssd {
+  using V = Vec<W>;
+
+  Source<W> x, inward, outward, gate;
+  Scalars<W> dt;
+  Parameter<W> rate, skip, bias;
+  bool softplus_steps;
+  Sequences sequences;
+  int64_t length, heads, groups, width, size;  // T, H, G, P, N
+  int64_t row_p, row_n;                // P and N padded
+  Tensor initial;                      // (S, H, P, N), if given
+
+  Ssd(const Tensor& x_any, const Tensor& dt_any, const Tensor& a, const Tensor& b, const Tensor& c, const Tensor& d,
+      const Tensor& z, const Tensor& dt_bias, bool dt_softplus, const Tensor& initial_state, const Tensor& cu_seqlens)
+      : x(x_any),
+        inward(b),
+        outward(c),
+        dt(dt_any, true),
+        rate(a),
+        skip(d),
+        bias(dt_bias),
+        softplus_steps(dt_softplus),
+        sequences(x_any, cu_seqlens),
+        length(x_any.size(1)),
+        heads(x_any.size(2)),
+        groups(b.size(2)),
+        width(x_any.size(3)),
+        size(b.size(3)),
+        row_p(padded(width)),
+        row_n(padded(size)) {
+    if (z) gate = Source<W>(z);
+    if (initial_state) initial = cast(initial_state, dtype_of<W>());
+  }
+
+  int64_t heads_a_group() const { return heads / groups; }
+  const W* initial_of(int64_t sequence, int64_t head) const {
+    return initial ? initial.data<W>() + (sequence * heads + head) * width * size : nullptr;
+  }
+
+  // What a chunk's step sizes make of its tokens, for one head.
+  struct Steps {
+    W step[kChunk], slope[kChunk], decay[kChunk];          // s_t, its derivative by dt_t, exp(s_t A)
+    W since[kChunk], until[kChunk], between[kChunk * kChunk];  // see chunk_decays
+  };
+
+  // `all`: with the decays between any two tokens.
+  void steps(const Chunk& chunk, int64_t head, bool all, Steps& out) const {
+    W raw[kChunk];
+    dt.load(chunk.batch, chunk.begin, chunk.length, head, raw);
+    const V shift(bias[head]), a(rate[head]);
+    each_vector<W>(padded(chunk.length), [&](int64_t i) {
+      const V plain = V::load(raw + i) + shift;
+      const V step = softplus_steps ? softplus(plain) : plain;
+      step.store(out.step + i);
+      (softplus_steps ? sigmoid(plain) : V(1)).store(out.slope + i);
+      exp(step * a).store(out.decay + i);
+    });
+    if (all) {
+      chunk_decays(chunk.length, out.decay, out.between, out.since, out.until);
+    } else {
+      end_decays(chunk.length, out.decay, out.since, out.until);
+    }
+  }
+
+  // The triangle of C_i . B_j from their tiles; `turned` is memory for B's transpose.
+  void products(int64_t n, const W* out_tile, const W* in_tile, W* turned, W* triangle) const {
+    transpose_tile(n, size, in_tile, row_n, turned, kChunk, padded(n));
+    lower_product(n, size, out_tile, row_n, turned, kChunk, triangle);
+  }
+
+  // The chunk's upstream gradient before the gate: dy silu(z). Returns whether it is finite.
+  bool load_upstream(const Source<W>& dy, const Chunk& chunk, int64_t head, W* tile, W* gate_tile) const {
+    if (!dy.defined()) {
+      zero(chunk.length * row_p, tile);
+      return true;
+    }
+    const bool finite = dy.load(chunk.batch, chunk.begin, chunk.length, head, tile, row_p);
+    if (!gate.defined()) return finite;
+    gate.load(chunk.batch, chunk.begin, chunk.length, head, gate_tile, row_p);
+    each_vector<W>(chunk.length * row_p, [=](int64_t i) {
+      (V::load(tile + i) * silu(V::load(gate_tile + i))).store(tile + i);
+    });
+    return all_finite(chunk.length * row_p, tile);
+  }
+
+  void forward(W* final_states, Sink<W>& y) const {
+    Tensor table;
+    if (heads_a_group() > 1) table = shared_products();
+    parallel_tasks(sequences.count() * heads, [&](int64_t task) {
+      forward_head(task / heads, task % heads, table ? table.data<W>() : nullptr, final_states, y);
+    });
+  }
+
+  Tensor shared_products() const {
+    Tensor table = empty({sequences.chunks(), groups, kChunk, kChunk}, dtype_of<W>());
+    W* triangles = table.mutable_data<W>();
+    parallel_tasks(sequences.chunks() * groups, [&](int64_t task) {
+      const Chunk& chunk = sequences.chunk(task / groups);
+      Scratch scratch;
+      W *in_tile = scratch.get<W>(kChunk * row_n), *out_tile = scratch.get<W>(kChunk * row_n);
+      inward.load(chunk.batch, chunk.begin, chunk.length, task % groups, in_tile, row_n);
+      outward.load(chunk.batch, chunk.begin, chunk.length, task % groups, out_tile, row_n);
+      products(chunk.length, out_tile, in_tile, scratch.get<W>(kChunk * row_n), triangles + task * kChunk * kChunk);
+    });
+    return table;
+  }
+
+  // One head of one sequence over time. The state is held as N x P here.
+  void forward_head(int64_t s, int64_t head, const W* table, W* final_states, Sink<W>& y) const {
+    const Sequence& sequence = sequences[s];
+    const int64_t group = head / heads_a_group();
+    Scratch scratch;
+    W* state = scratch.get<W>(row_n * row_p);
+    W *x_tile = scratch.get<W>(kChunk * row_p), *value = scratch.get<W>(kChunk * row_p);
+    W *y_tile = scratch.get<W>(kChunk * row_p), *in_tile = scratch.get<W>(kChunk * row_n);
+    W *out_tile = scratch.get<W>(kChunk * row_n), *turned = scratch.get<W>(kChunk * row_n);
+    W *triangle = scratch.get<W>(kChunk * kChunk), *scores = scratch.get<W>(kChunk * kChunk);
+    Steps& own = *scratch.get<Steps>(1);
+    if (const W* start = initial_of(s, head)) {
+      transpose_tile(width, size, start, size, state, row_p, row_p);
+    } else {
+      zero(size * row_p, state);
+    }
+    for (int64_t c = 0; c < sequence.chunks(); ++c) {
+      const Chunk& chunk = sequences.chunk(sequence.first_chunk + c);
+      const int64_t n = chunk.length, b = chunk.batch, t = chunk.begin;
+      steps(chunk, head, true, own);
+      const W* shared = triangle;
+      if (table != nullptr) {
+        shared = table + ((sequence.first_chunk + c) * groups + group) * kChunk * kChunk;
+      } else {
+        inward.load(b, t, n, group, in_tile, row_n);
+        outward.load(b, t, n, group, out_tile, row_n);
+        products(n, out_tile, in_tile, turned, triangle);
+      }
+      each_lower<W>(n, [&](int64_t at, auto keep) {
+        keep(V::load(shared + at) * V::load(own.between + at)).store(scores + at);
+      });
+      x.load(b, t, n, head, x_tile, row_p);
+      const bool finite = scale_rows(n, row_p, own.step, x_tile, value);
+      outward.load(b, t, n, group, out_tile, row_n, 0, 1, own.since);
+      inward.load(b, t, n, group, in_tile, row_n, 0, 1, own.until);
+
+      Ahead ahead;
+      if (c + 1 < sequence.chunks()) {
+        look_ahead<W>(sequences.chunk(sequence.first_chunk + c + 1), head, {&x, &gate}, ahead);
+      }
+      product<W>(n, row_p, size, {out_tile, row_n, 1}, state, row_p, y_tile, row_p, false, ahead);
+      multiply_lower(n, row_p, scores, value, row_p, y_tile, row_p, true, finite);
+      scale(size * row_p, own.since[n - 1], state);
+      product<W>(size, row_p, n, {in_tile, 1, row_n}, value, row_p, state, row_p, true, ahead);
+
+      if (gate.defined()) gate.load(b, t, n, head, value, row_p);
+      finish_rows(n * row_p, skip.defined(), skip[head], x_tile, gate.defined() ? value : nullptr, y_tile);
+      y.store(b, t, n, head, y_tile, row_p);
+    }
+    transpose_tile(size, width, state, row_p, final_states + (s * heads + head) * width * size, size, size);
+  }
+
+  struct Gradients {
+    Sink<W> x, inward, outward, gate;
+    W* dt;       // (B, T, H)
+    W* partial;  // (chunks, 3, H): of A, D and dt_bias
+    W* initial;  // (S, H, P, N), or null
+  };
+
+  // Elements of a state with both axes padded, as P x N.
+  int64_t state_elements() const { return row_p * row_n; }
+
+  void backward(const Source<W>& dy, const W* dfinal, Gradients& out) const {
+    const int64_t state = state_elements();
+    for (int64_t first = 0, last; first < sequences.count(); first = last) {
+      int64_t chunks = 0;
+      for (last = first; last < sequences.count(); ++last) {
+        if (last > first && (chunks + sequences[last].chunks()) * heads * state > kHeldElements) break;
+        chunks += sequences[last].chunks();
+      }
+      const int64_t first_chunk = sequences[first].first_chunk;
+      Tensor starts = empty({chunks, heads, row_p, row_n}, dtype_of<W>());
+      Tensor pulls = empty({chunks, heads, row_p, row_n}, dtype_of<W>());
+      W *start = starts.mutable_data<W>(), *pull = pulls.mutable_data<W>();
+      parallel_tasks((last - first) * heads, [&](int64_t task) {
+        scan_head(first + task / heads, task % heads, first_chunk, dy, dfinal, start, pull, out.initial);
+      });
+      parallel_tasks(chunks * groups, [&](int64_t task) {
+        const int64_t state_of_chunk = task / groups * heads * state;
+        backward_chunk(first_chunk + task / groups, task % groups, dy, start + state_of_chunk, pull + state_of_chunk,
+                       out);
+      });
+    }
+  }
+
+  // The state at each chunk's start and its gradient at each chunk's end, for one head of one sequence.
+  void scan_head(int64_t s, int64_t head, int64_t first_chunk, const Source<W>& dy, const W* dfinal, W* starts,
+                 W* pulls, W* dinitial) const {
+    const Sequence& sequence = sequences[s];
+    const int64_t group = head / heads_a_group(), count = state_elements(), at = (s * heads + head) * width * size;
+    Scratch scratch;
+    W *state = scratch.get<W>(count), *tile = scratch.get<W>(kChunk * row_p);
+    W *gate_tile = scratch.get<W>(kChunk * row_p), *shared_tile = scratch.get<W>(kChunk * row_n);
+    Steps& own = *scratch.get<Steps>(1);
+    const auto begin_with = [&](const W* from) {
+      zero(count, state);
+      if (from != nullptr) copy_rows(width, size, from, size, state, row_n);
+    };
+    // decay S + (rows of `tile`)^T (rows of `shared_tile`)
+    const auto advance = [&](int64_t n, Ahead& ahead) {
+      scale(count, own.since[n - 1], state);
+      product<W>(row_p, row_n, n, {tile, 1, row_p}, shared_tile, row_n, state, row_n, true, ahead);
+    };
+    begin_with(initial_of(s, head));
+    for (int64_t c = 0; c < sequence.chunks(); ++c) {
+      const Chunk& chunk = sequences.chunk(sequence.first_chunk + c);
+      copy(count, state, starts + ((sequence.first_chunk + c - first_chunk) * heads + head) * count);
+      if (c + 1 == sequence.chunks()) break;
+      steps(chunk, head, false, own);
+      x.load(chunk.batch, chunk.begin, chunk.length, head, tile, row_p, 0, 1, own.step);
+      inward.load(chunk.batch, chunk.begin, chunk.length, group, shared_tile, row_n, 0, 1, own.until);
+      Ahead ahead;
+      if (c + 2 < sequence.chunks()) {
+        look_ahead<W>(sequences.chunk(sequence.first_chunk + c + 1), head, {&x}, ahead);
+      }
+      advance(chunk.length, ahead);
+    }
+    begin_with(dfinal != nullptr ? dfinal + at : nullptr);
+    for (int64_t c = sequence.chunks() - 1; c >= 0; --c) {
+      const Chunk& chunk = sequences.chunk(sequence.first_chunk + c);
+      copy(count, state, pulls + ((sequence.first_chunk + c - first_chunk) * heads + head) * count);
+      if (c == 0 && dinitial == nullptr) break;
+      steps(chunk, head, false, own);
+      load_upstream(dy, chunk, head, tile, gate_tile);
+      outward.load(chunk.batch, chunk.begin, chunk.length, group, shared_tile, row_n, 0, 1, own.since);
+      Ahead ahead;
+      if (c > 0) look_ahead<W>(sequences.chunk(sequence.first_chunk + c - 1), head, {&dy, &gate}, ahead);
+      advance(chunk.length, ahead);
+    }
+    if (dinitial != nullptr) copy_rows(width, size, state, row_n, dinitial + at, size);
+  }
+
+  // Tiles of one chunk and group in backward, and of one of its heads at a time.
+  struct Tiles {
+    Tiles(Scratch& scratch, int64_t row_p, int64_t row_n) {
+      for (W** one : {&in, &out, &turned, &din, &dout, &carried}) *one = scratch.get<W>(kChunk * row_n);
+      for (W** one : {&x, &value, &dy, &gate, &scaled, &dvalue}) *one = scratch.get<W>(kChunk * row_p);
+      for (W** one : {&products, &scores, &dscores, &m, &dproducts}) *one = scratch.get<W>(kChunk * kChunk);
+      steps = scratch.get<Steps>(1);
+    }
+    W *in, *out, *turned, *din, *dout, *carried;
+    W *x, *value, *dy, *gate, *scaled, *dvalue;
+    W *products, *scores, *dscores, *m, *dproducts;
+    Steps* steps;
+  };
+
+  // Everything inside one chunk, for all heads of a group. `starts` and `pulls` are the chunk's.
+  void backward_chunk(int64_t number, int64_t group, const Source<W>& dy, const W* starts, const W* pulls,
+                      Gradients& to) const {
+    const Chunk& chunk = sequences.chunk(number);
+    const int64_t n = chunk.length, b = chunk.batch, t = chunk.begin;
+    Scratch scratch;
+    Tiles tile(scratch, row_p, row_n);
+    W* turned_value = scratch.get<W>(kChunk * row_p);
+    const bool finite_in = inward.load(b, t, n, group, tile.in, row_n);
+    const bool finite_out = outward.load(b, t, n, group, tile.out, row_n);
+    products(n, tile.out, tile.in, tile.turned, tile.products);
+    zero(n * row_n, tile.din);
+    zero(n * row_n, tile.dout);
+    each_lower<W>(n, [&](int64_t at, auto) { V(0).store(tile.dproducts + at); });
+    for (int64_t head = group * heads_a_group(); head < (group + 1) * heads_a_group(); ++head) {
+      const W *start = starts + head * state_elements(), *pull = pulls + head * state_elements();
+      backward_head(number, head, dy, start, pull, turned_value, tile, to);
+    }
+    multiply_lower(n, row_n, tile.dproducts, tile.in, row_n, tile.dout, row_n, true, finite_in);
+    multiply_lower_transposed(n, row_n, tile.dproducts, tile.out, row_n, tile.din, row_n, true, finite_out);
+    to.outward.store(b, t, n, group, tile.dout, row_n);
+    to.inward.store(b, t, n, group, tile.din, row_n);
+  }
+
+  void backward_head(int64_t number, int64_t head, const Source<W>& dy, const W* start, const W* pull, W* turned_value,
+                     Tiles& tile, Gradients& to) const {
+    const Chunk& chunk = sequences.chunk(number);
+    const int64_t n = chunk.length, b = chunk.batch, t = chunk.begin;
+    Steps& own = *tile.steps;
+    steps(chunk, head, true, own);
+    x.load(b, t, n, head, tile.x, row_p);
+    const bool finite_value = scale_rows(n, row_p, own.step, tile.x, tile.value);
+    const bool finite_dy = load_upstream(dy, chunk, head, tile.dy, tile.gate);
+
+    // The gradient of the scores is dy V^T; from it that of C B^T, and the terms of the log decays.
+    transpose_tile(n, row_p, tile.value, row_p, turned_value, kChunk, padded(n));
+    lower_product(n, row_p, tile.dy, row_p, turned_value, kChunk, tile.dscores);
+    each_lower<W>(n, [&](int64_t at, auto keep) {
+      const V between = V::load(own.between + at), product = V::load(tile.products + at);
+      const V dproduct = keep(V::load(tile.dscores + at) * between);
+      (V::load(tile.dproducts + at) + dproduct).store(tile.dproducts + at);
+      keep(dproduct * product).store(tile.m + at);
+      keep(product * between).store(tile.scores + at);
+    });
+    if (gate.defined()) {
+      backward_gate(chunk, head, dy, start, finite_value, tile);
+      to.gate.store(b, t, n, head, tile.scaled, row_p);
+    }
+
+    gemm<W, W>(n, row_p, size, {tile.in, row_n, 1}, {pull, 1, row_n}, tile.dvalue, row_p, false);
+    scale_rows(n, row_p, own.until, tile.dvalue, tile.dvalue);
+    multiply_lower_transposed(n, row_p, tile.scores, tile.dy, row_p, tile.dvalue, row_p, true, finite_dy);
+
+    W from_start[kChunk], to_end[kChunk] = {}, dlog[kChunk];
+    scale_rows(n, row_p, own.since, tile.dy, tile.scaled);
+    Ahead ahead;
+    if (head + 1 < heads) look_ahead<W>(chunk, head + 1, {&x, &dy, &gate}, ahead);
+    product<W>(n, row_n, row_p, {tile.scaled, row_p, 1}, start, row_n, tile.carried, row_n, false, ahead);
+    add_rows(n, row_n, tile.carried, tile.out, tile.dout, from_start);
+    scale_rows(n, row_p, own.until, tile.value, tile.scaled);
+    product<W>(n, row_n, row_p, {tile.scaled, row_p, 1}, pull, row_n, tile.carried, row_n, false, ahead);
+    add_rows(n, row_n, tile.carried, tile.in, tile.din, to_end);
+    log_decay_gradient(n, tile.m, from_start, to_end, own.since[n - 1] * dot(state_elements(), start, pull), dlog);
+
+    W drate = 0, dbias = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const W dstep = dot(row_p, tile.dvalue + i * row_p, tile.x + i * row_p) + rate[head] * dlog[i];
+      drate += own.step[i] * dlog[i];
+      const W ddt = dstep * own.slope[i];
+      dbias += ddt;
+      to.dt[(b * length + t + i) * heads + head] = ddt;
+    }
+    W* partial = to.partial + number * 3 * heads + head;
+    partial[0] = drate, partial[heads] = dot(n * row_p, tile.dy, tile.x), partial[2 * heads] = dbias;
+    scale_rows(n, row_p, own.step, tile.dvalue, tile.dvalue);
+    if (skip.defined()) {
+      const V skipped(skip[head]);
+      each_vector<W>(n * row_p, [=](int64_t i) {
+        fma(skipped, V::load(tile.dy + i), V::load(tile.dvalue + i)).store(tile.dvalue + i);
+      });
+    }
+    to.x.store(b, t, n, head, tile.dvalue, row_p);
+  }
+
+  // The gradient of z into tile.scaled: dy silu'(z) times the output before the gate, which is computed again.
+  void backward_gate(const Chunk& chunk, int64_t head, const Source<W>& dy, const W* start, bool finite_value,
+                     Tiles& tile) const {
+    const int64_t n = chunk.length;
+    W *y = tile.scaled, *plain_dy = tile.dvalue;
+    gemm<W, W>(n, row_p, size, {tile.out, row_n, 1}, {start, 1, row_n}, y, row_p, false);
+    scale_rows(n, row_p, tile.steps->since, y, y);
+    multiply_lower(n, row_p, tile.scores, tile.value, row_p, y, row_p, true, finite_value);
+    if (dy.defined()) {
+      dy.load(chunk.batch, chunk.begin, n, head, plain_dy, row_p);
+    } else {
+      zero(n * row_p, plain_dy);
+    }
+    const V skipped(skip[head]);
+    const bool has_skip = skip.defined();
+    each_vector<W>(n * row_p, [=](int64_t i) {
+      const V z = V::load(tile.gate + i), s = sigmoid(z), out = V::load(y + i);
+      const V full = has_skip ? fma(skipped, V::load(tile.x + i), out) : out;
+      (V::load(plain_dy + i) * full * s * fma(z, V(1) - s, V(1))).store(y + i);
+    });
+  }
+};
+
+std::tuple<Tensor, Tensor> ssd(const Tensor& x, const Tensor& dt, const Tensor& a, const Tensor& b, const Tensor& c,
+                               const OptionalTensor& d, const OptionalTensor& z, const OptionalTensor& dt_bias,
+                               bool dt_softplus, const OptionalTensor& initial_state,
+                               const OptionalTensor& cu_seqlens) {
+  check(x, dt, a, b, c, 4);
+  Tensor y, final_state;
+  dispatch_wide(x.dtype(), [&](auto element) {
+    using W = decltype(element);
+    const Ssd<W> self(x, dt, a, b, c, d, z, dt_bias, dt_softplus, initial_state, cu_seqlens);
+    Sink<W> out(x);
+    final_state = empty({self.sequences.count(), self.heads, self.width, self.size}, dtype_of<W>());
+    self.forward(final_state.mutable_data<W>(), out);
+    y = out.finish();
+  });
+  return {std::move(y), std::move(final_state)};
+}
+
+using NineTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+NineTensors ssd_backward(const OptionalTensor& dy, const OptionalTensor& dfinal, const Tensor& x, const Tensor& dt,
+                         const Tensor& a, const Tensor& b, const Tensor& c, const OptionalTensor& d,
+                         const OptionalTensor& z, const OptionalTensor& dt_bias, bool dt_softplus,
+                         const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens) {
+  check(x, dt, a, b, c, 4);
+  NineTensors result;
+  dispatch_wide(x.dtype(), [&](auto element) {
+    using W = decltype(element);
+    constexpr DType kWide = dtype_of<W>();
+    const Ssd<W> self(x, dt, a, b, c, d, z, dt_bias, dt_softplus, initial_state, cu_seqlens);
+    const int64_t chunks = self.sequences.chunks(), heads = self.heads;
+    Tensor ddt = empty(3, dt.sizes(), kWide), partial = empty({chunks, 3, heads}, kWide);
+    Tensor dinitial = initial_state ? empty(4, initial_state.sizes(), kWide) : empty({0}, kWide);
+    Tensor dfinal_wide;
+    if (dfinal) dfinal_wide = cast(dfinal, kWide);
+    typename Ssd<W>::Gradients to{Sink<W>(x), Sink<W>(b), Sink<W>(c), z ? Sink<W>(z) : Sink<W>(), ddt.mutable_data<W>(),
+                                  partial.mutable_data<W>(), initial_state ? dinitial.mutable_data<W>() : nullptr};
+    self.backward(dy ? Source<W>(dy) : Source<W>(), dfinal ? dfinal_wide.template data<W>() : nullptr, to);
+    Tensor sums = chunks > 0 ? empty({3, heads}, kWide) : zeros({3, heads}, kWide);
+    if (chunks > 0) add_chunks<Vec<W>>(partial.data<W>(), chunks, 3 * heads, sums.mutable_data<W>());
+    const auto parameter = [&](int64_t row, const Tensor& like) {
+      if (!like) return empty({0}, kWide);
+      Tensor gradient = empty({heads}, kWide);
+      copy(heads, sums.data<W>() + row * heads, gradient.mutable_data<W>());
+      return cast(gradient, like.dtype());
+    };
+    result = {to.x.finish(),       cast(ddt, dt.dtype()),        parameter(0, a),
+              to.inward.finish(),  to.outward.finish(),          parameter(1, d),
+              to.gate.finish(),    parameter(2, dt_bias),        initial_state ? cast(dinitial, initial_state.dtype())
+                                                                               : std::move(dinitial)};
+  });
+  return result;
+}
+
+// One token of one head: S' = decay S + (step x) B^T, y = (S' C + D x) silu(z).
+template <class W>
+void step_head(int64_t width, int64_t size, W decay, const W* driven, const W* in, const W* out, const W* state,
+               W* new_state, W* y) {
+  using V = Vec<W>;
+  for (int64_t p = 0; p < width; ++p) {
+    const V value(driven[p]), kept(decay);
+    const W* from = state + p * size;
+    W* to = new_state + p * size;
+    y[p] = sum_row<V>(size, [=](int64_t i, auto lanes, V sum) {
+      const V h = fma(V::load(from + i, lanes), kept, value * V::load(in + i, lanes));
+      h.store(to + i, lanes);
+      return fma(h, V::load(out + i, lanes), sum);
+    });
+  }
+}
+
+std::tuple<Tensor, Tensor> ssd_step(const Tensor& state_any, const Tensor& x_any, const Tensor& dt_any, const Tensor& a,
+                                    const Tensor& b, const Tensor& c, const OptionalTensor& d, const OptionalTensor& z,
+                                    const OptionalTensor& dt_bias, bool dt_softplus) {
+  check(x_any, dt_any, a, b, c, 3);
+  Tensor y, new_state;
+  dispatch_wide(x_any.dtype(), [&](auto element) {
+    using W = decltype(element);
+    using V = Vec<W>;
+    const Source<W> x(x_any), inward(b), outward(c);
+    Source<W> gate;
+    if (z) gate = Source<W>(z);
+    const Scalars<W> dt(dt_any, false);
+    const Parameter<W> rate(a), skip(d), bias(dt_bias);
+    const int64_t heads = x_any.size(1), width = x_any.size(2), size = b.size(2), row_p = padded(width),
+                  row_n = padded(size), per_group = heads / b.size(1);
+    const Tensor state = cast(state_any, dtype_of<W>());
+    Sink<W> out(x_any);
+    new_state = empty(4, state.sizes(), dtype_of<W>());
+    const W* state_data = state.data<W>();
+    W* new_data = new_state.mutable_data<W>();
+    parallel_for(x_any.size(0) * heads, grain_rows(width * size), [&](int64_t begin, int64_t end) {
+      Scratch scratch;
+      W *in_row = scratch.get<W>(row_n), *out_row = scratch.get<W>(row_n);
+      W *x_row = scratch.get<W>(row_p), *driven = scratch.get<W>(row_p), *y_row = scratch.get<W>(row_p);
+      zero(row_p, y_row);
+      for (int64_t task = begin; task < end; ++task) {
+        const int64_t batch = task / heads, head = task % heads;
+        const V plain(dt.at(batch, 0, head) + bias[head]);
+        const V step = dt_softplus ? softplus(plain) : plain;
+        W steps[V::N], decays[V::N];
+        step.store(steps);
+        exp(step * V(rate[head])).store(decays);
+        inward.load(batch, 0, 1, head / per_group, in_row, row_n);
+        outward.load(batch, 0, 1, head / per_group, out_row, row_n);
+        x.load(batch, 0, 1, head, x_row, row_p);
+        scale_rows(1, row_p, steps, x_row, driven);
+        const int64_t at = task * width * size;
+        step_head(width, size, decays[0], driven, in_row, out_row, state_data + at, new_data + at, y_row);
+        if (gate.defined()) gate.load(batch, 0, 1, head, driven, row_p);
+        finish_rows(row_p, skip.defined(), skip[head], x_row, gate.defined() ? driven : nullptr, y_row);
+        out.store(batch, 0, 1, head, y_row, row_p);
+      }
+    });
+    y = out.finish();
+  });
+  return {std::move(y), std::move(new_state)};
+}
+
+STAR_OPERATOR(
+    "ssd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, "
+    "Tensor? initial_state, Tensor? cu_seqlens) -> (Tensor, Tensor)",
+    ssd);
+STAR_OPERATOR(
+    "ssd_backward(Tensor? dy, Tensor? dfinal_state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
+    "Tensor? z, Tensor? dt_bias, bool dt_softplus, Tensor? initial_state, Tensor? cu_seqlens) -> (Tensor, Tensor, "
+    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    ssd_backward);
+STAR_OPERATOR(
+    "ssd_step(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "
+    "bool dt_softplus) -> (Tensor, Tensor)",
+    ssd_step);
+
+}  // namespace
+}  // namespace star

@@ -34,10 +34,9 @@ GRACE_SECONDS = 30.0
 REPORT_SECONDS = 0.25
 """Least time between two reports of a training's progress."""
 
-PRELOADED = ["search.run", "torch._dynamo"]
-"""What the server imports once for all: the first optimizer of a process imports torch._dynamo, for 1.4 s, and a
-child of
-`python -m search.run` runs that module's imports again."""
+PRELOADED = ["search.driver", "search.report", "torch._dynamo"]
+"""What the server imports once for all: the first optimizer of a process imports torch._dynamo, for 1.4 s, and a child
+of `python -m search.run` runs that module's own imports again."""
 
 _DISK_FULL = 77  # exit code of a process that met a full disk
 

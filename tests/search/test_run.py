@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,8 @@ def finished(root: Path) -> dict[str, float]:
         for path in (root / "work").glob("*.train.json")
     }
     if (root / "run.db").exists():
-        found.update(rows(root, "genome_hash, seconds"))
+        with suppress(sqlite3.OperationalError):  # the file is made a moment before its table
+            found.update(rows(root, "genome_hash, seconds"))
     return found
 
 

@@ -88,10 +88,10 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
 
 def finished(root: Path) -> dict[str, float]:
     """Seconds that each finished training took: a number that a second training would not meet again."""
-    found = {
-        path.name.split(".")[0]: json.loads(path.read_text())["seconds"]
-        for path in (root / "work").glob("*.train.json")
-    }
+    found: dict[str, float] = {}
+    for path in (root / "work").glob("*.train.json"):
+        with suppress(FileNotFoundError):  # logged a moment ago, and so taken away
+            found[path.name.split(".")[0]] = json.loads(path.read_text())["seconds"]
     if (root / "run.db").exists():
         with suppress(sqlite3.OperationalError):  # the file is made a moment before its table
             found.update(rows(root, "genome_hash, seconds"))

@@ -170,20 +170,23 @@ class Store:
         return [_from_row(row) for row in self._db.execute(f"SELECT {_COLUMNS} FROM evaluations ORDER BY id")]
 
     def keep_front(self, objectives: Iterable[str]) -> list[Evaluation]:
-        """Write front.json, move the front's weights to best/, and delete the weights of all others.
+        """Write front.json, move the front's weights to best/, and delete the weights of all others in the log.
 
         Returns:
             The candidates that no other candidate dominates, sorted by the first objective.
         """
         names = list(objectives)
-        front = front_of(self.evaluations(), names)
+        evaluations = self.evaluations()
+        front = front_of(evaluations, names)
         rows = [{"genome": e.genome, "genome_hash": e.genome_hash, "metrics": dict(e.metrics)} for e in front]
         write_json(self.root / "front.json", rows)
         kept = {f"{e.genome_hash}.safetensors" for e in front}
+        # What is trained and not logged yet, by a driver that was killed in between, may still enter the front.
+        logged = {f"{e.genome_hash}.safetensors" for e in evaluations}
         for path in self.work.glob("*.safetensors"):
             if path.name in kept:
                 path.replace(self.best / path.name)
-            else:
+            elif path.name in logged:
                 path.unlink()
         for path in self.best.glob("*.safetensors"):
             if path.name not in kept:

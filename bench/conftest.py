@@ -5,6 +5,7 @@ A file of benchmarks holds `CASES`; its test is run once for each case and mode 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from bench.suite import Record, Settings, measure_case
 _LATEST = Path(__file__).parent / "results" / "latest.json"
 _ROWS: pytest.StashKey[list[Row]] = pytest.StashKey()
 _ABSENT: pytest.StashKey[list[Absent]] = pytest.StashKey()
+_LOAD: pytest.StashKey[float] = pytest.StashKey()
 _QUICK_SECONDS, _FULL_SECONDS = 0.15, 0.5
 
 
@@ -31,8 +33,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start with no rows."""
-    config.stash[_ROWS], config.stash[_ABSENT] = [], []
+    """Start with no rows, and look how busy the machine is without us."""
+    config.stash[_ROWS], config.stash[_ABSENT], config.stash[_LOAD] = [], [], os.getloadavg()[0]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -67,8 +69,11 @@ def record(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Recor
 
     def measure(case: Case, mode: str) -> None:
         outcome = measure_case(case, mode, settings)
-        config.stash[_ROWS].extend(outcome.rows)
-        config.stash[_ABSENT].extend(outcome.absent)
+        rows, absent = config.stash[_ROWS], config.stash[_ABSENT]
+        rows.extend(outcome.rows)
+        absent.extend(outcome.absent)
+        # After every case: a run that is killed keeps what it has.
+        write_results(config.getoption("star_json"), rows, absent, quick=quick, load=config.stash[_LOAD])
         ours = outcome.rows[0]
         benchmark.extra_info.update(
             backend=ours.backend,
@@ -86,14 +91,6 @@ def record(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Recor
             )
 
     return measure
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Store the rows, those of an interrupted run too."""
-    config = session.config
-    rows, absent = config.stash[_ROWS], config.stash[_ABSENT]
-    if rows:
-        write_results(config.getoption("star_json"), rows, absent, quick=config.getoption("quick"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -24,8 +24,8 @@ class Peer:
     """One rival of one operator.
 
     Attributes:
-        name: Of the provider: "eager" is the plain formula at its best, "loop" the token-by-token one, "sdpa" and
-            "conv1d" torch's own operators.
+        name: Of the provider: "eager" is the plain formula at its best, "loop" the token-by-token definition, "sdpa"
+            and "conv1d" torch's own operators.
         function: Takes the public operator's arguments and what `prepare` returns, by name.
         applies: Which cases it can serve.
         prepare: Takes the arguments, and makes what a model would keep between calls, such as a mask.

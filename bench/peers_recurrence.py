@@ -1,9 +1,12 @@
 """The recurrences' rivals in plain torch: token by token, and in the forms that do the most in one operator.
 
+* "loop" is the definition, which reads token t as `x[:, t]`: its backward adds a whole tensor of zeros for each token.
+  "unbound" is the same loop over tensors that are cut into tokens once, which is no slower than any other form at
+  D 256.
 * Diagonal ones in blocks: a scan of about sqrt(T) steps over all blocks at once, one over the blocks, and one product
   that joins them. The number of operators grows with sqrt(T), and each element is touched a fixed number of times; the
-  doubling scan (Hillis and Steele, 1986) touches it log T times and was 20 times slower under autograd at B 8, T 512,
-  D 256.
+  doubling scan (Hillis and Steele, 1986) touches it log T times and took 6 times as long under autograd (B 8, T 512,
+  D 256, one thread).
 * Matrix-valued ones in chunks of matrix products: Dao and Gu, 2024, arXiv 2405.21060, section 6; Yang et al., 2023,
   arXiv 2312.06635, section 4; Yang et al., 2024, arXiv 2412.06464, section 3.
 """
@@ -11,12 +14,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.cases import Case
 from bench.peers import Function, Peer
 
 CHUNK = 64
@@ -47,8 +52,8 @@ def blocked_scan(decay: Tensor, x: Tensor) -> Tensor:
     return joined.flatten(1, 2)[:, :length]
 
 
-def loop_scan(decay: Tensor, x: Tensor) -> Tensor:
-    """Run the same token by token."""
+def unbound_scan(decay: Tensor, x: Tensor) -> Tensor:
+    """Run the same token by token, over tensors that are cut into tokens before."""
     h = torch.zeros_like(x[:, 0])
     states = []
     for a_t, x_t in zip(decay.unbind(1), x.unbind(1), strict=True):
@@ -62,9 +67,19 @@ def diagonal_scan(decay: Tensor, x: Tensor) -> Tensor:
     return blocked_scan(decay, x)
 
 
+def diagonal_scan_unbound(decay: Tensor, x: Tensor) -> Tensor:
+    """Scan token by token, cut before."""
+    return unbound_scan(decay, x)
+
+
 def diagonal_scan_loop(decay: Tensor, x: Tensor) -> Tensor:
     """Scan token by token."""
-    return loop_scan(decay, x)
+    h = torch.zeros_like(x[:, 0])
+    states = []
+    for t in range(x.shape[1]):
+        h = decay[:, t] * h + x[:, t]
+        states.append(h)
+    return torch.stack(states, 1)
 
 
 def rg_lru_terms(x: Tensor, recurrence_gate: Tensor, input_gate: Tensor, log_lambda: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,9 +93,14 @@ def rg_lru(x: Tensor, recurrence_gate: Tensor, input_gate: Tensor, log_lambda: T
     return blocked_scan(*rg_lru_terms(x, recurrence_gate, input_gate, log_lambda))
 
 
+def rg_lru_unbound(x: Tensor, recurrence_gate: Tensor, input_gate: Tensor, log_lambda: Tensor) -> Tensor:
+    """Run it token by token, cut before."""
+    return unbound_scan(*rg_lru_terms(x, recurrence_gate, input_gate, log_lambda))
+
+
 def rg_lru_loop(x: Tensor, recurrence_gate: Tensor, input_gate: Tensor, log_lambda: Tensor) -> Tensor:
     """Run it token by token."""
-    return loop_scan(*rg_lru_terms(x, recurrence_gate, input_gate, log_lambda))
+    return diagonal_scan_loop(*rg_lru_terms(x, recurrence_gate, input_gate, log_lambda))
 
 
 def _selective_terms(
@@ -115,6 +135,21 @@ def selective_scan(
     return _selective_output(blocked_scan(*_selective_terms(x, dt, A, B, dt_bias, dt_softplus)), x, C, D, z)
 
 
+def selective_scan_unbound(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    z: Tensor,
+    dt_bias: Tensor,
+    dt_softplus: bool = False,
+) -> Tensor:
+    """Scan token by token, decays and inputs of all tokens made and cut before."""
+    return _selective_output(unbound_scan(*_selective_terms(x, dt, A, B, dt_bias, dt_softplus)), x, C, D, z)
+
+
 def selective_scan_loop(
     x: Tensor,
     dt: Tensor,
@@ -126,8 +161,18 @@ def selective_scan_loop(
     dt_bias: Tensor,
     dt_softplus: bool = False,
 ) -> Tensor:
-    """Scan token by token, decays and inputs of all tokens made before."""
-    return _selective_output(loop_scan(*_selective_terms(x, dt, A, B, dt_bias, dt_softplus)), x, C, D, z)
+    """Scan token by token."""
+    step = dt + dt_bias
+    if dt_softplus:
+        step = F.softplus(step)
+    per_group = x.shape[2] // B.shape[2]
+    h = x.new_zeros(x.shape[0], *A.shape)
+    outputs = []
+    for t in range(x.shape[1]):
+        inward, outward = B[:, t].repeat_interleave(per_group, 1), C[:, t].repeat_interleave(per_group, 1)
+        h = torch.exp(step[:, t].unsqueeze(-1) * A) * h + (step[:, t] * x[:, t]).unsqueeze(-1) * inward
+        outputs.append((h * outward).sum(-1))
+    return torch.addcmul(torch.stack(outputs, 1), x, D) * F.silu(z)
 
 
 def _chunks(x: Tensor) -> Tensor:
@@ -217,7 +262,13 @@ def gated_delta_rule(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: T
     return _unchunk(torch.stack(outputs, 2), q.shape[1])
 
 
-def _in_float32(name: str, function: Function) -> Peer:
+def _loop_ends(case: Case) -> bool:
+    """Tell whether a loop's backward, which writes T tensors as large as x, takes seconds and not minutes."""
+    s = case.sizes
+    return s["B"] * s["T"] ** 2 * s["D"] < 2 * 10**9
+
+
+def _in_float32(name: str, function: Function, applies: Callable[[Case], bool] = lambda case: True) -> Peer:
     """Offer a rival that widens half precision first, as the layers that use such code do: decays need it."""
 
     def widened(**arguments: Any) -> Tensor:
@@ -229,13 +280,25 @@ def _in_float32(name: str, function: Function) -> Peer:
         y: Tensor = function(**wide)
         return y.to(half)
 
-    return Peer(name, widened)
+    return Peer(name, widened, applies)
 
 
 RECURRENCE_PEERS: dict[str, tuple[Peer, ...]] = {
-    "diagonal_scan": (_in_float32("eager", diagonal_scan), _in_float32("loop", diagonal_scan_loop)),
-    "rg_lru": (_in_float32("eager", rg_lru), _in_float32("loop", rg_lru_loop)),
-    "selective_scan": (_in_float32("eager", selective_scan), _in_float32("loop", selective_scan_loop)),
+    "diagonal_scan": (
+        _in_float32("eager", diagonal_scan),
+        _in_float32("unbound", diagonal_scan_unbound),
+        _in_float32("loop", diagonal_scan_loop, _loop_ends),
+    ),
+    "rg_lru": (
+        _in_float32("eager", rg_lru),
+        _in_float32("unbound", rg_lru_unbound),
+        _in_float32("loop", rg_lru_loop, _loop_ends),
+    ),
+    "selective_scan": (
+        _in_float32("eager", selective_scan),
+        _in_float32("unbound", selective_scan_unbound),
+        _in_float32("loop", selective_scan_loop, _loop_ends),
+    ),
     "ssd": (_in_float32("eager", ssd),),
     "gated_linear_attention": (_in_float32("eager", gated_linear_attention),),
     "gated_delta_rule": (_in_float32("eager", gated_delta_rule),),

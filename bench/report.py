@@ -22,6 +22,10 @@ from bench.bars import Verdict, by_case, judge
 from bench.figure import Dot, draw
 from bench.results import REFERENCE, STAR, Results, Row, read_results
 
+# Half a core's worth of other work, and what sampling alone does not explain.
+_BUSY_LOAD = 0.5
+_IMPOSSIBLE_PERCENT = 125
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -55,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     figure: Path = options.figure or options.results.with_suffix(".svg")
     console = Console()
     console.print(describe(results), highlight=False, markup=False)
+    if doubts(results):
+        console.print(doubts(results), style="yellow", highlight=False, markup=False)
     for grid in [summary(results), bars(results), *([all_rows(results)] if options.rows else []), absent(results)]:
         if grid.lines:
             console.print(as_rich(grid))
@@ -76,6 +82,20 @@ def describe(results: Results) -> str:
         f"{machine['processor']} ({machine['torch_capability']}), {threads}, {first.versions if first else ''}, "
         f"{kind} of {results.date}"
     )
+
+
+def doubts(results: Results) -> str:
+    """Say what speaks against the numbers: other work on the machine, or calls faster than their ceilings; or nothing.
+
+    On a busy machine the shortest calls suffer most, ceilings included: two threads wait for one another on one core.
+    """
+    found = []
+    if results.load >= _BUSY_LOAD:
+        found.append(f"the load average was {results.load:.1f} before it began")
+    above = sum(row.provider == STAR and row.percent_of_ceiling > _IMPOSSIBLE_PERCENT for row in results.rows)
+    if above:
+        found.append(f"{above} of our rows exceed their ceiling by more than {_IMPOSSIBLE_PERCENT - 100} %")
+    return f"Not to be trusted: {'; '.join(found)}." if found else ""
 
 
 def summary(results: Results) -> Grid:
@@ -211,7 +231,7 @@ def as_rich(grid: Grid) -> Table:
 def as_markdown(results: Results) -> str:
     """Write every table."""
     meaning = "Ratios are the other's time over ours, from interleaved samples: above 1, ours is faster."
-    parts = [f"{describe(results)}.\n\n{meaning}\n"]
+    parts = [f"{one}\n" for one in (f"{describe(results)}.", doubts(results), meaning) if one]
     for grid in (summary(results), bars(results), all_rows(results), absent(results)):
         if grid.lines:
             head = [name.rstrip(">") for name in grid.head]

@@ -112,6 +112,7 @@ class Results:
         machine: `bench.hardware.machine`.
         date: UTC, when it was stored.
         quick: Whether it was a quick run.
+        load: The system's load average before it started: processes that ran beside it.
         rows: What was measured.
         absent: What was not.
     """
@@ -119,6 +120,7 @@ class Results:
     machine: dict[str, Any]
     date: str
     quick: bool
+    load: float
     rows: tuple[Row, ...]
     absent: tuple[Absent, ...]
 
@@ -137,18 +139,21 @@ def versions() -> str:
     return f"torch {torch.__version__}, star-arch {own}"
 
 
-def write_results(path: Path, rows: Iterable[Row], absent: Iterable[Absent], *, quick: bool) -> None:
-    """Store a run as JSON; folders are made."""
+def write_results(path: Path, rows: Iterable[Row], absent: Iterable[Absent], *, quick: bool, load: float) -> None:
+    """Store a run as JSON, whole or not at all; folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "format": FORMAT,
         "machine": machine(),
         "date": now(),
         "quick": quick,
+        "load": load,
         "rows": [asdict(row) for row in rows],
         "absent": [asdict(one) for one in absent],
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    whole = path.with_name(f"{path.name}.new")
+    whole.write_text(json.dumps(content, indent=1) + "\n")
+    whole.replace(path)
 
 
 def read_results(path: Path) -> Results:
@@ -170,4 +175,4 @@ def read_results(path: Path) -> Results:
             raise ValueError(f"path: {path} has a row with other fields: {', '.join(sorted(names ^ set(row)))}")
     rows = tuple(Row(**row) for row in content["rows"])
     absent = tuple(Absent(**one) for one in content["absent"])
-    return Results(dict(content["machine"]), content["date"], content["quick"], rows, absent)
+    return Results(dict(content["machine"]), content["date"], content["quick"], content["load"], rows, absent)

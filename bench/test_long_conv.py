@@ -11,8 +11,8 @@ CASES = (
         "B8 T128 D64 quick",
         "B3 T63 D60",
         "B2 T1026 D100",
-        "B8 T512 D256 bar quick compiled",
-        "B1 T4096 D256 bar",
+        "B8 T512 D256 bar quick",
+        "B1 T4096 D256 bar compiled",
         "B8 T512 D256 bfloat16",
     ),
 )

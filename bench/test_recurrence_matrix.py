@@ -11,7 +11,8 @@ CASES = (
         "B8 T128 H2 P64 N16 quick",
         "B2 T129 H6 P60 N20 G2",
         "B8 T512 H8 P64 N64",
-        "B1 T2048 H16 P64 N128 bar quick compiled",
+        "B1 T2048 H8 P64 N64 bar quick compiled",
+        "B1 T2048 H16 P64 N128 bar",
         "B1 T2048 H16 P64 N128 bfloat16",
     ),
     *cases(

@@ -10,7 +10,8 @@ CASES = (
     *cases(
         "causal_conv1d",
         "B8 T128 D128 W4 quick",
-        "B8 T512 D1024 W4 bar quick compiled",
+        "B8 T256 D1024 W4 bar quick",
+        "B8 T512 D1024 W4 bar compiled",
         "B8 T512 D1024 W4 bfloat16",
         activation="silu",
     ),
@@ -20,7 +21,8 @@ CASES = (
         "B3 T63 D100 W7",
         "B1 T4099 D130 W3",
         "B8 T512 D256 W3 bar",
-        "B8 T512 D1024 W3 bar quick compiled",
+        "B8 T512 D512 W3 bar quick compiled",
+        "B8 T512 D1024 W3",
         "B8 T512 D1024 W3 bfloat16",
     ),
 )

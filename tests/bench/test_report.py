@@ -12,7 +12,7 @@ import pytest
 
 from bench.bars import BARS, judge
 from bench.figure import Dot, draw
-from bench.report import as_figure, as_markdown, main
+from bench.report import as_figure, as_markdown, doubts, main
 from bench.results import Absent, Row, read_results, write_results
 from bench.suite import PEERS
 
@@ -113,9 +113,9 @@ def test_every_bar_is_of_a_measured_operator_and_provider() -> None:
     assert set(PEERS) - {operator for bar in BARS for operator in bar.operators} == {"channel_mix"}
 
 
-def stored(folder: Path, *rows: Row, absent: tuple[Absent, ...] = ()) -> Path:
+def stored(folder: Path, *rows: Row, absent: tuple[Absent, ...] = (), load: float = 0.1) -> Path:
     path = folder / "results" / "run.json"
-    write_results(path, rows, absent, quick=False)
+    write_results(path, rows, absent, quick=False, load=load)
     return path
 
 
@@ -126,6 +126,16 @@ def test_results_come_back_as_they_were(tmp_path: Path) -> None:
     assert results.absent == (missing,)
     assert not results.quick
     assert results.machine["processor"]
+
+
+def test_a_busy_machine_and_impossible_speeds_are_said(tmp_path: Path) -> None:
+    assert doubts(read_results(stored(tmp_path, *NORM))) == ""
+    fast = row("swiglu", "star", percent_of_ceiling=126.0)
+    results = read_results(stored(tmp_path, *NORM, fast, load=3.0))
+    load = "the load average was 3.0 before it began"
+    expected = f"Not to be trusted: {load}; 1 of our rows exceed their ceiling by more than 25 %."
+    assert doubts(results) == expected
+    assert expected in as_markdown(results)
 
 
 def test_another_file_is_refused(tmp_path: Path) -> None:

@@ -97,15 +97,15 @@ class Draw:
 
     def _cut_out(self, x: Tensor) -> Tensor:
         """Cut the view out of a larger buffer that is NaN or infinite everywhere else."""
+        fill = self.choose((float("nan"), float("inf"), float("-inf"))) if x.is_floating_point() else 7
         if x.ndim == 0:
-            return torch.stack([torch.full_like(x, float("nan")), x])[1]
+            return torch.stack([torch.full_like(x, fill), x])[1]
         order = self._random.sample(range(x.ndim), x.ndim) if self.chance(0.5) else list(range(x.ndim))
         shape, index = [], []
         for size in (x.shape[axis] for axis in order):
             before, step, after = self.count(0, 2), self.choose((1, 1, 2, 3)), self.count(0, 2)
             shape.append(before + size * step + after)
             index.append(slice(before, before + size * step, step))
-        fill = self.choose((float("nan"), float("inf"), float("-inf"))) if x.is_floating_point() else 7
         view = torch.full(shape, fill, dtype=x.dtype)[tuple(index)]
         view = view.permute([order.index(axis) for axis in range(x.ndim)])
         view.copy_(x)

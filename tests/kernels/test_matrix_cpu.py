@@ -213,16 +213,16 @@ def _raw_arguments(operator: str, batch: int, length: int, dtype: torch.dtype) -
     leaves = case(operator, batch, length).leaves(dtype)
     if operator == "ssd":
         *tensors, state = leaves.values()
-        return (*tensors, True, state, None)
+        return (*tensors, True, state, None, True)
     *tensors, state = leaves.values()
-    return (*tensors, 0.5, state, None)
+    return (*tensors, 0.5, state, None, True)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_opcheck(operator: str) -> None:
     registered = getattr(torch.ops.star_kernels, operator).default
-    torch.library.opcheck(registered, _raw_arguments(operator, 2, 5, torch.float32))
-    *tensors, option, state, _ = _raw_arguments(operator, 2, 1, torch.float32)
+    torch.library.opcheck(registered, _raw_arguments(operator, 2, 70, torch.float32))
+    *tensors, option, state, _, _ = _raw_arguments(operator, 2, 1, torch.float32)
     timed = {"A", "D", "dt_bias"}
     names = list(case(operator, 2, 1).tensors)[:-1]
     token = [one.detach() if name in timed else one.detach()[:, 0] for name, one in zip(names, tensors, strict=True)]
@@ -241,3 +241,27 @@ def test_compiles_without_a_graph_break(operator: str) -> None:
     assert all(same(a, b) for a, b in zip(got, want, strict=True))
     found, want_found = gradients(got, compiled_leaves), gradients(want, leaves)
     assert all(same(found[name], want_found[name]) for name in leaves)
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_one_graph_serves_every_length(operator: str) -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    function, options = getattr(star_kernels, operator), case(operator, 2, 3).options
+    compiled = torch.compile(
+        lambda given: function(**given, **options), backend="aot_eager", fullgraph=True, dynamic=True
+    )
+    for length in (7, 33, 64, 65, 130):
+        leaves = case(operator, 2, length).leaves(torch.float32)
+        torch.stack([one.sum() for one in compiled(leaves)]).sum().backward()  # type: ignore[no-untyped-call]
+        assert all(torch.isfinite(one.grad).all() for one in leaves.values() if one.grad is not None)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_backward_without_kept_states_is_refused(operator: str) -> None:
+    arguments = _raw_arguments(operator, 1, 65, torch.float32)
+    y, _, kept = getattr(torch.ops.star_kernels, operator)(*arguments[:-1], False)
+    assert kept.numel() == 0
+    with pytest.raises(ValueError, match="a backward needs the states that a forward with keep=True returns"):
+        y.sum().backward()

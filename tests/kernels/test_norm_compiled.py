@@ -126,3 +126,31 @@ def test_only_the_sum_of_add_rms_norm_is_differentiated() -> None:
     total.sum().backward()
     assert torch.equal(x.grad, torch.ones(3, 8))
     assert torch.equal(residual.grad, torch.ones(3, 8))
+
+
+LARGE: dict[str, Call] = {
+    "rms_norm": lambda one, backend: (star_kernels.rms_norm(one["x"], one["w"], backend=backend),),
+    "add_rms_norm": lambda one, backend: star_kernels.add_rms_norm(one["x"], one["r"], one["w"], backend=backend),
+    "rotary": lambda one, backend: (
+        star_kernels.rotary(one["x"].unflatten(-1, (8, 128)), torch.arange(520), backend=backend),
+    ),
+    "rotary_interleaved": lambda one, backend: (
+        star_kernels.rotary(one["x"].unflatten(-1, (8, 128)), torch.arange(520), interleaved=True, backend=backend),
+    ),
+    "swiglu": lambda one, backend: (star_kernels.swiglu(one["x"], one["r"], backend=backend),),
+    "diagonal": lambda one, backend: (star_kernels.channel_mix(one["x"], one["w"], backend=backend),),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_outputs_written_past_the_caches_are_the_same(name: str) -> None:
+    """A call of 32 MB and more writes past the caches; one of its rows alone does not."""
+    tensors = {"x": normal("x", 8, 520, 1024).float(), "r": normal("r", 8, 520, 1024).float()}
+    results = []
+    for part in (slice(None), slice(3, 4)):
+        leaves = {key: one[part].clone().requires_grad_() for key, one in tensors.items()}
+        outputs = LARGE[name]({**leaves, "w": normal("w", 1024).float()}, "cpp")
+        found = gradients(outputs, leaves, tuple(one.detach().flip(-1) for one in outputs))
+        results.append((*outputs, *found.values()))
+    for whole, alone in zip(*results, strict=True):
+        assert torch.equal(whole[3:4], alone)

@@ -47,12 +47,15 @@ template <class Activation> Tensor gated_unit(const Tensor& gate_any, const Tens
     using V = Vec<T>;
     const T *gate_data = gate.data<T>(), *up_data = up.data<T>();
     T* y_data = y.mutable_data<T>();
+    const bool large = worth_streaming(3 * y.numel() * y.element_size());
     parallel_runs({&gate, &up}, [=](const int64_t* offsets, int64_t out, int64_t count) {
       const T *g = gate_data + offsets[0], *u = up_data + offsets[1];
       T* o = y_data + out;
+      const bool stream = large && on_line(o);
       sweep<V>(count, [=](int64_t i, auto lanes) {
-        (Activation::value(V::load(g + i, lanes)) * V::load(u + i, lanes)).store(o + i, lanes);
+        put(Activation::value(V::load(g + i, lanes)) * V::load(u + i, lanes), o + i, lanes, stream);
       });
+      finish_streaming(stream);
     });
   });
   return y;
@@ -69,16 +72,19 @@ std::tuple<Tensor, Tensor> gated_unit_backward(const Tensor& dy_any, const Tenso
     using V = Vec<T>;
     const T *dy_data = dy.data<T>(), *gate_data = gate.data<T>(), *up_data = up.data<T>();
     T *dgate_data = dgate.mutable_data<T>(), *dup_data = dup.mutable_data<T>();
+    const bool large = worth_streaming(5 * dgate.numel() * dgate.element_size());
     parallel_runs({&dy, &gate, &up}, [=](const int64_t* offsets, int64_t out, int64_t count) {
       const T *d = dy_data + offsets[0], *g = gate_data + offsets[1], *u = up_data + offsets[2];
       T *dg = dgate_data + out, *du = dup_data + out;
+      const bool stream = large && on_line(dg) && on_line(du);
       sweep<V>(count, [=](int64_t i, auto lanes) {
         const V grad = V::load(d + i, lanes);
         V slope;
         const V value = Activation::value_and_slope(V::load(g + i, lanes), slope);
-        (grad * V::load(u + i, lanes) * slope).store(dg + i, lanes);
-        (grad * value).store(du + i, lanes);
+        put(grad * V::load(u + i, lanes) * slope, dg + i, lanes, stream);
+        put(grad * value, du + i, lanes, stream);
       });
+      finish_streaming(stream);
     });
   });
   return {std::move(dgate), std::move(dup)};

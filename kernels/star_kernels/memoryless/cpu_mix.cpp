@@ -26,14 +26,16 @@ Tensor scale_channels(const Tensor& x_any, const Tensor& weight_any) {
     T* out = y.mutable_data<T>();
     const int64_t width = x.size(-1);
     const Rows rows(x);
+    const bool stream = stream_rows(y, 2);
     parallel_for(rows.count(), grain_rows(width), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         const T* from = in + rows.offset(r);
         T* to = out + r * width;
         sweep<V>(width, [=](int64_t i, auto lanes) {
-          (V::load(from + i, lanes) * V::load(w + i, lanes)).store(to + i, lanes);
+          put(V::load(from + i, lanes) * V::load(w + i, lanes), to + i, lanes, stream);
         });
       }
+      finish_streaming(stream);
     });
   });
   return y;
@@ -59,6 +61,7 @@ std::tuple<Tensor, Tensor> scale_channels_backward(const Tensor& dy_any, const T
     const T *x_data = x.data<T>(), *dy_data = dy.data<T>();
     T* dx_data = dx.mutable_data<T>();
     auto* partial_data = partial.mutable_data<Wide<T>>();
+    const bool stream = stream_rows(dx, 3);
     parallel_for(chunks.count, 1, [&](int64_t begin, int64_t end) {
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         Wide<T>* dw = partial_data + chunk * width;
@@ -67,11 +70,12 @@ std::tuple<Tensor, Tensor> scale_channels_backward(const Tensor& dy_any, const T
           T* out = dx_data + r * width;
           sweep<V>(width, [=](int64_t i, auto lanes) {
             const V g = V::load(grad + i, lanes);
-            (g * V::load(w + i, lanes)).store(out + i, lanes);
+            put(g * V::load(w + i, lanes), out + i, lanes, stream);
             fma(g, V::load(in + i, lanes), V::load(dw + i, lanes)).store(dw + i, lanes);
           });
         }
       }
+      finish_streaming(stream);
     });
     add_chunks<V>(partial_data, chunks.count, width, sum.mutable_data<Wide<T>>());
     dweight = cast(sum, weight_any.dtype());

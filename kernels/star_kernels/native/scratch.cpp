@@ -1,13 +1,54 @@
 #include "scratch.h"
 
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <vector>
+
+#include "tensor.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#define STAR_CHECKED_SCRATCH
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define STAR_CHECKED_SCRATCH
+#endif
+#endif
 
 namespace star {
 namespace {
 
 constexpr size_t kAlign = 64;
+
+#ifdef STAR_CHECKED_SCRATCH
+
+// Every piece is an allocation of its own size, so that AddressSanitizer sees what goes past its end.
+struct Arena {
+  std::vector<void*> blocks;
+  size_t block = 0;  // pieces in use
+  size_t used = 0;
+  int scopes = 0;
+
+  void* take(size_t bytes) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, kAlign, bytes) != 0) throw std::bad_alloc();
+    blocks.push_back(memory);
+    ++block;
+    return memory;
+  }
+
+  void release(size_t to_block, size_t) {
+    for (; block > to_block; --block) {
+      std::free(blocks.back());
+      blocks.pop_back();
+    }
+  }
+
+  void trim() {}
+};
+
+#else
+
 constexpr size_t kFirstBlock = size_t{1} << 18;
 // What an idle thread keeps at most; larger temporary memory is freed when the last scope ends.
 constexpr size_t kKeep = size_t{1} << 25;
@@ -48,6 +89,11 @@ struct Arena {
     return result;
   }
 
+  void release(size_t to_block, size_t to_used) {
+    block = to_block;
+    used = to_used;
+  }
+
   // Nothing is in use: keep the largest block alone, unless it is too large to keep.
   void trim() {
     if (blocks.empty()) return;
@@ -63,6 +109,8 @@ struct Arena {
   }
 };
 
+#endif  // STAR_CHECKED_SCRATCH
+
 Arena& arena() {
   thread_local Arena instance;
   return instance;
@@ -74,11 +122,14 @@ Scratch::Scratch() : block_(arena().block), used_(arena().used) { ++arena().scop
 
 Scratch::~Scratch() {
   Arena& own = arena();
-  own.block = block_;
-  own.used = used_;
+  own.release(block_, used_);
   if (--own.scopes == 0) own.trim();
 }
 
-void* Scratch::take(size_t bytes) { return arena().take(bytes); }
+void* Scratch::take(size_t bytes) {
+  void* memory = arena().take(bytes);
+  if (__builtin_expect(nan_fill_is_on(), 0)) std::memset(memory, 0xFF, bytes);
+  return memory;
+}
 
 }  // namespace star

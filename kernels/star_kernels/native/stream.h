@@ -7,30 +7,27 @@
 #pragma once
 
 #include <cstdint>
-#ifdef __linux__
-#include <unistd.h>
-#endif
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
 
+#include "tensor.h"
 #include "vec.h"
 
 namespace star {
 
-// Whether an operator that reads and writes this many bytes in all should stream its outputs.
-inline bool worth_streaming(int64_t bytes) {
-#ifdef _SC_LEVEL3_CACHE_SIZE
-  static const int64_t found = sysconf(_SC_LEVEL3_CACHE_SIZE);
-#else
-  static const int64_t found = 0;
-#endif
-  constexpr int64_t kUnknown = int64_t{32} << 20;
-  return bytes >= (found > 0 ? found : kUnknown);
-}
+// Whether an operator that reads and writes this many bytes in all should stream its outputs. A number, not the size
+// that the system reports: glibc gave 320 MB where a group of cores shares 32.
+inline bool worth_streaming(int64_t bytes) { return bytes >= (int64_t{32} << 20); }
 
 // Streaming needs whole lines: a row that begins on one.
 inline bool on_line(const void* row) { return reinterpret_cast<uintptr_t>(row) % 64 == 0; }
+
+// Both, for an operator on `count` tensors like the new tensor `out` (..., D), which it writes row by row.
+inline bool stream_rows(const Tensor& out, int64_t count) {
+  const int64_t row = out.dim() > 0 ? out.size(-1) * out.element_size() : 1;
+  return row % 64 == 0 && on_line(out.raw()) && worth_streaming(count * out.numel() * out.element_size());
+}
 
 // v.store(p, lanes), or past the caches. Each thread ends with `finish_streaming`.
 template <class V, class T, class L> inline void put(V v, T* p, L lanes, bool stream) {

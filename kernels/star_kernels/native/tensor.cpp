@@ -179,6 +179,7 @@ bool Tensor::same_shape(const Tensor& other) const {
 }
 
 void set_nan_fill(bool on) { nan_fill = on; }
+bool nan_fill_is_on() { return nan_fill; }
 
 Tensor empty(int64_t dim, const int64_t* sizes, DType dtype) {
   require(dim <= kMostAxes, "star_kernels: a tensor has more than 16 axes");

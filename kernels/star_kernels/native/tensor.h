@@ -97,6 +97,7 @@ inline Tensor empty(std::initializer_list<int64_t> sizes, DType dtype) {
 inline Tensor empty_like(const Tensor& other) { return empty(other.dim(), other.sizes(), other.dtype()); }
 Tensor zeros(std::initializer_list<int64_t> sizes, DType dtype);
 void set_nan_fill(bool on);
+bool nan_fill_is_on();
 
 // The tensor itself if its layout fits, else a copy: every axis contiguous, or the last alone (stride 1).
 Tensor contiguous(const Tensor& tensor);

@@ -31,11 +31,11 @@ template <class T, class R> Wide<T> add_row(const T* x, const R* residual, R* to
 }
 
 template <class T, class R>
-void scale_row(const R* x, const Wide<T>* w, Wide<T> scale_by, T* y, int64_t width) {
+void scale_row(const R* x, const Wide<T>* w, Wide<T> scale_by, T* y, int64_t width, bool stream) {
   using V = Vec<T>;
   const V scale(scale_by);
   sweep<V>(width, [=](int64_t i, auto lanes) {
-    (V::load(x + i, lanes) * scale * V::load(w + i, lanes)).store(y + i, lanes);
+    put(V::load(x + i, lanes) * scale * V::load(w + i, lanes), y + i, lanes, stream);
   });
 }
 
@@ -56,12 +56,14 @@ Tensor rms_norm(const Tensor& x_any, const Tensor& weight_any, double eps) {
     T* y_data = y.mutable_data<T>();
     const int64_t width = x.size(-1);
     const Rows rows(x);
+    const bool stream = stream_rows(y, 2);
     parallel_for(rows.count(), grain_rows(width), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         const T* in = x_data + rows.offset(r);
         const Wide<T> scale = inverse_rms<T>(sum_of_squares<T>(in, width), width, static_cast<Wide<T>>(eps));
-        scale_row<T, T>(in, w, scale, y_data + r * width, width);
+        scale_row<T, T>(in, w, scale, y_data + r * width, width, stream);
       }
+      finish_streaming(stream);
     });
   });
   return y;
@@ -78,13 +80,16 @@ void add_rms_norm_rows(const Tensor& x, const Tensor& residual, const Tensor& we
   R* total_data = total.mutable_data<R>();
   const int64_t width = x.size(-1);
   const Rows rows(x), residual_rows(residual);
+  const bool stream = stream_rows(y, 4);
   parallel_for(rows.count(), grain_rows(2 * width), [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
       R* sum = total_data + r * width;
       const Wide<T> squares =
           add_row<T, R>(x_data + rows.offset(r), residual_data + residual_rows.offset(r), sum, width);
-      scale_row<T, R>(sum, w, inverse_rms<T>(squares, width, static_cast<Wide<T>>(eps)), y_data + r * width, width);
+      scale_row<T, R>(sum, w, inverse_rms<T>(squares, width, static_cast<Wide<T>>(eps)), y_data + r * width, width,
+                      stream);
     }
+    finish_streaming(stream);
   });
 }
 
@@ -135,7 +140,8 @@ template <class T, class R> struct GradientRows {
 };
 
 template <class T, class R, int kCount, bool kAdd>
-void gradient_rows(const GradientRows<T, R>& rows, const Wide<T>* w, int64_t width, Wide<T> eps, Wide<T>* dw) {
+void gradient_rows(const GradientRows<T, R>& rows, const Wide<T>* w, int64_t width, Wide<T> eps, Wide<T>* dw,
+                   bool stream) {
   using V = Vec<T>;
   V scale[kCount], pull[kCount];
   const T* dy[kCount];
@@ -156,7 +162,7 @@ void gradient_rows(const GradientRows<T, R>& rows, const Wide<T>* w, int64_t wid
       const V x_i = V::load(x[k] + i, lanes), dy_i = V::load(dy[k] + i, lanes);
       V result = scale[k] * fnma(x_i, pull[k], dy_i * weight);
       if constexpr (kAdd) result = result + V::load(dtotal[k] + i, lanes);
-      result.store(dx[k] + i, lanes);
+      put(result, dx[k] + i, lanes, stream);
       sum = fma(dy_i, x_i * scale[k], sum);
     }
     sum.store(dw + i, lanes);
@@ -177,6 +183,7 @@ Tensor norm_backward(const Tensor& dy, const Tensor& dtotal, const Tensor& x, co
   const R *x_data = x.data<R>(), *dtotal_data = kAdd ? dtotal.data<R>() : nullptr;
   R* dx_data = dx.mutable_data<R>();
   auto* partial_data = partial.mutable_data<Wide<T>>();
+  const bool stream = stream_rows(dx, kAdd ? 4 : 3);
   parallel_for(chunks.count, 1, [&](int64_t begin, int64_t end) {
     for (int64_t chunk = begin; chunk < end; ++chunk) {
       Wide<T>* dw = partial_data + chunk * width;
@@ -194,10 +201,11 @@ Tensor norm_backward(const Tensor& dy, const Tensor& dtotal, const Tensor& x, co
       const int64_t stop = chunks.begin(chunk + 1);
       const auto wide_eps = static_cast<Wide<T>>(eps);
       for (; r + kRows <= stop; r += kRows) {
-        gradient_rows<T, R, kRows, kAdd>(gather(r, kRows), w, width, wide_eps, dw);
+        gradient_rows<T, R, kRows, kAdd>(gather(r, kRows), w, width, wide_eps, dw, stream);
       }
-      for (; r < stop; ++r) gradient_rows<T, R, 1, kAdd>(gather(r, 1), w, width, wide_eps, dw);
+      for (; r < stop; ++r) gradient_rows<T, R, 1, kAdd>(gather(r, 1), w, width, wide_eps, dw, stream);
     }
+    finish_streaming(stream);
   });
   add_chunks<Vec<T>>(partial_data, chunks.count, width, sum.mutable_data<Wide<T>>());
   return cast(sum, weight_any.dtype());

@@ -70,18 +70,19 @@ void token_angles(double position, const double* frequency, const Wide<T>* high,
 
 // Pairs (x_i, x_{i + half}).
 template <class T>
-void turn_halves(const T* x, const Wide<T>* sine, const Wide<T>* cosine, int64_t half, T* y) {
+void turn_halves(const T* x, const Wide<T>* sine, const Wide<T>* cosine, int64_t half, T* y, bool stream) {
   using V = Vec<T>;
   sweep<V>(half, [=](int64_t i, auto lanes) {
     const V first = V::load(x + i, lanes), second = V::load(x + half + i, lanes);
     const V s = V::load(sine + i, lanes), c = V::load(cosine + i, lanes);
-    fnma(second, s, first * c).store(y + i, lanes);
-    fma(first, s, second * c).store(y + half + i, lanes);
+    put(fnma(second, s, first * c), y + i, lanes, stream);
+    put(fma(first, s, second * c), y + half + i, lanes, stream);
   });
 }
 
 // Pairs (x_{2 i}, x_{2 i + 1}), with tables of D numbers: each cosine twice, each sine as (-s, s).
-template <class T> void turn_pairs(const T* x, const Wide<T>* sine, const Wide<T>* cosine, int64_t width, T* y) {
+template <class T>
+void turn_pairs(const T* x, const Wide<T>* sine, const Wide<T>* cosine, int64_t width, T* y, bool stream) {
   using V = Vec<T>;
   if constexpr (V::N == 1) {
     for (int64_t i = 0; i < width; i += 2) {
@@ -92,7 +93,7 @@ template <class T> void turn_pairs(const T* x, const Wide<T>* sine, const Wide<T
   } else {
     sweep<V>(width, [=](int64_t i, auto lanes) {
       const V value = V::load(x + i, lanes);
-      fma(swap_pairs(value), V::load(sine + i, lanes), value * V::load(cosine + i, lanes)).store(y + i, lanes);
+      put(fma(swap_pairs(value), V::load(sine + i, lanes), value * V::load(cosine + i, lanes)), y + i, lanes, stream);
     });
   }
 }
@@ -127,6 +128,7 @@ void rotate(const Tensor& x, const Tensor& positions, double base, bool interlea
   const int64_t tables = shared ? length : batch * length, rows_each = shared ? batch : 1;
   const T* in = x.data<T>();
   T* out = y.mutable_data<T>();
+  const bool stream = stream_rows(y, 2) && half * y.element_size() % 64 == 0;  // whole lines in each half
   parallel_for(tables, grain_rows((rows_each * heads + 4) * width), [&](int64_t begin, int64_t end) {
     Scratch scratch;
     W *sine = scratch.get<W>(half), *cosine = scratch.get<W>(half);
@@ -140,13 +142,14 @@ void rotate(const Tensor& x, const Tensor& positions, double base, bool interlea
         T* to = out + (b * length + t) * heads * width;
         for (int64_t h = 0; h < heads; ++h, from += x.stride(2), to += width) {
           if (interleaved) {
-            turn_pairs<T>(from, wide_sine, wide_cosine, width, to);
+            turn_pairs<T>(from, wide_sine, wide_cosine, width, to, stream);
           } else {
-            turn_halves<T>(from, sine, cosine, half, to);
+            turn_halves<T>(from, sine, cosine, half, to, stream);
           }
         }
       }
     }
+    finish_streaming(stream);
   });
 }
 

@@ -1,7 +1,8 @@
 """The compiled recurrences with a matrix state: fakes and gradients for cpu_ssd.cpp, cpu_gla.cpp and
 cpu_delta_rule.cpp.
 
-A step's gradient is the sequence operator's for one token.
+A forward that will be differentiated also returns the states at the starts of its chunks; the backward starts from
+those. A step's gradient is the sequence operator's for one token.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from star_kernels._native import native_operator, serve
 
 Gradients = tuple[Tensor | None, ...]
 
+CHUNK, BLOCK = 64, 16
+"""Tokens of a chunk and what the axes of a kept state are padded to: kChunk and kBlock of chunked.h."""
+
 
 def _like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -27,6 +31,26 @@ def _wide(x: Tensor) -> torch.dtype:
 def _state(x: Tensor, cu_seqlens: Tensor | None, *shape: int) -> Tensor:
     sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return torch.empty((sequences, *shape), dtype=_wide(x), device=x.device)
+
+
+def _will_differentiate(*arguments: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in arguments)
+
+
+def _kept(x: Tensor, keep: bool, rows: int, columns: int) -> Tensor:
+    """Return the empty states that a forward of (B, T, H, ...) keeps, in one axis."""
+    batch, length, heads = x.shape[:3]
+    # At least as many as there are chunks that do not begin a sequence, and never none: torch.compile would guard on
+    # that, and compile again.
+    slots = batch * ((length + CHUNK - 1) // CHUNK)
+    padded = [(size + BLOCK - 1) // BLOCK * BLOCK for size in (rows, columns)]
+    elements = slots * heads * padded[0] * padded[1] if keep else 0
+    return torch.empty((elements,), dtype=_wide(x), device=x.device)
+
+
+def _nothing_kept(x: Tensor) -> Tensor:
+    """Return what a forward of one token keeps."""
+    return torch.empty((0,), dtype=_wide(x), device=x.device)
 
 
 def _given(gradients: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...]) -> Gradients:
@@ -48,8 +72,10 @@ def _token(x: Tensor | None) -> Tensor | None:
 # ssd
 
 
-def _fake_ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _like(x), _state(x, rest[-1], *x.shape[2:], B.shape[3])
+def _fake_ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, cu_seqlens, keep = rest
+    final_state = _state(x, cu_seqlens, *x.shape[2:], B.shape[3])
+    return _like(x), final_state, _kept(x, keep, B.shape[3], x.shape[3])
 
 
 def _fake_ssd_backward(
@@ -66,21 +92,23 @@ def _fake_ssd_backward(
     dt_softplus: bool,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    kept: Tensor,
 ) -> tuple[Tensor, ...]:
     return _fake_gradients(x, x, dt, A, B, C, D, z, dt_bias, initial_state)
 
 
 def _save_ssd(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.dt_softplus, initial_state, cu_seqlens = inputs
-    ctx.save_for_backward(*tensors, initial_state, cu_seqlens)
+    *tensors, ctx.dt_softplus, initial_state, cu_seqlens, _ = inputs
+    ctx.save_for_backward(*tensors, initial_state, cu_seqlens, output[2])
+    ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
 
-def _ssd_gradient(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> Gradients:
-    *tensors, initial_state, cu_seqlens = ctx.saved_tensors
-    found = _ssd_backward(dy, dfinal, *tensors, ctx.dt_softplus, initial_state, cu_seqlens)
+def _ssd_gradient(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: None) -> Gradients:
+    *tensors, initial_state, cu_seqlens, kept = ctx.saved_tensors
+    found = _ssd_backward(dy, dfinal, *tensors, ctx.dt_softplus, initial_state, cu_seqlens, kept)
     *gradients, dinitial = _given(found, (*tensors, initial_state))
-    return (*gradients, None, dinitial, None)
+    return (*gradients, None, dinitial, None, None)
 
 
 def _fake_ssd_step(state: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -96,7 +124,7 @@ def _save_ssd_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _ssd_step_gradient(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> Gradients:
     state, x, dt, A, B, C, D, z, dt_bias = ctx.saved_tensors
     timed = (_token(x), _token(dt), A, _token(B), _token(C), D, _token(z), dt_bias)
-    found = _ssd_backward(_token(dy), dstate, *timed, ctx.dt_softplus, state, None)
+    found = _ssd_backward(_token(dy), dstate, *timed, ctx.dt_softplus, state, None, _nothing_kept(x))
     dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial = _given(found, (*timed, state))
     one = (dx, ddt, dB, dC, dz)
     dx, ddt, dB, dC, dz = (None if each is None else each.squeeze(1) for each in one)
@@ -104,15 +132,36 @@ def _ssd_step_gradient(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> Gr
 
 
 _ssd_backward = native_operator("ssd_backward", fake=_fake_ssd_backward)
-ssd = native_operator("ssd", fake=_fake_ssd, setup_context=_save_ssd, backward=_ssd_gradient)
+_ssd = native_operator("ssd", fake=_fake_ssd, setup_context=_save_ssd, backward=_ssd_gradient)
 ssd_step = native_operator("ssd_step", fake=_fake_ssd_step, setup_context=_save_ssd_step, backward=_ssd_step_gradient)
+
+
+def ssd(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Serve `star_kernels.ssd`."""
+    keep = _will_differentiate(x, dt, A, B, C, D, z, dt_bias, initial_state)
+    y, final_state, _ = _ssd(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, keep)
+    return y, final_state
 
 
 # gated linear attention and the gated delta rule: `gates` are (log_decay,) and (log_decay, beta)
 
 
-def _fake_memory(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _like(v), _state(q, rest[-1], *q.shape[2:], v.shape[3])
+def _fake_memory(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, cu_seqlens, keep = rest
+    final_state = _state(q, cu_seqlens, *q.shape[2:], v.shape[3])
+    return _like(v), final_state, _kept(q, keep, q.shape[3], v.shape[3])
 
 
 def _fake_memory_step(state: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -120,13 +169,14 @@ def _fake_memory_step(state: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any
 
 
 def _fake_memory_backward(dout: Tensor | None, dfinal: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
-    *tensors, _, initial_state, _ = inputs
+    *tensors, _, initial_state, _, _ = inputs
     return _fake_gradients(tensors[0], *tensors, initial_state)
 
 
 def _save_memory(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.scale, initial_state, cu_seqlens = inputs
-    ctx.save_for_backward(*tensors, initial_state, cu_seqlens)
+    *tensors, ctx.scale, initial_state, cu_seqlens, _ = inputs
+    ctx.save_for_backward(*tensors, initial_state, cu_seqlens, output[2])
+    ctx.mark_non_differentiable(output[2])
     ctx.set_materialize_grads(False)
 
 
@@ -140,15 +190,16 @@ def _memory_operators(name: str) -> tuple[Any, Any]:
     """Complete an operator and its step."""
     gradient = native_operator(f"{name}_backward", fake=_fake_memory_backward)
 
-    def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None) -> Gradients:
-        *tensors, initial_state, cu_seqlens = ctx.saved_tensors
-        found = gradient(dout, dfinal, *tensors, ctx.scale, initial_state, cu_seqlens)
+    def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None, _: None) -> Gradients:
+        *tensors, initial_state, cu_seqlens, kept = ctx.saved_tensors
+        found = gradient(dout, dfinal, *tensors, ctx.scale, initial_state, cu_seqlens, kept)
         *gradients, dinitial = _given(found, (*tensors, initial_state))
-        return (*gradients, None, dinitial, None)
+        return (*gradients, None, dinitial, None, None)
 
     def step_backward(ctx: Any, dout: Tensor | None, dstate: Tensor | None) -> Gradients:
         state, *tensors = ctx.saved_tensors
-        found = gradient(_token(dout), dstate, *(_token(one) for one in tensors), ctx.scale, state, None)
+        token = [_token(one) for one in tensors]
+        found = gradient(_token(dout), dstate, *token, ctx.scale, state, None, _nothing_kept(tensors[0]))
         *gradients, dinitial = found
         return (dinitial, *(one.squeeze(1) for one in gradients), None)
 
@@ -176,9 +227,11 @@ def gated_linear_attention(
     scale: float | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> Any:
+) -> tuple[Tensor, Tensor]:
     """Serve `star_kernels.gated_linear_attention`."""
-    return _gla(q, k, v, log_decay, _factor(q, scale), initial_state, cu_seqlens)
+    keep = _will_differentiate(q, k, v, log_decay, initial_state)
+    o, final_state, _ = _gla(q, k, v, log_decay, _factor(q, scale), initial_state, cu_seqlens, keep)
+    return o, final_state
 
 
 def gated_linear_attention_step(
@@ -197,9 +250,11 @@ def gated_delta_rule(
     scale: float | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
-) -> Any:
+) -> tuple[Tensor, Tensor]:
     """Serve `star_kernels.gated_delta_rule`."""
-    return _delta(q, k, v, log_decay, beta, _factor(q, scale), initial_state, cu_seqlens)
+    keep = _will_differentiate(q, k, v, log_decay, beta, initial_state)
+    o, final_state, _ = _delta(q, k, v, log_decay, beta, _factor(q, scale), initial_state, cu_seqlens, keep)
+    return o, final_state
 
 
 def gated_delta_rule_step(

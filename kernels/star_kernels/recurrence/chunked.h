@@ -32,6 +32,7 @@ template <class F> inline void dispatch_wide(DType dtype, F&& function) {
 struct Sequence {
   int64_t batch, begin, length;
   int64_t first_chunk;  // the number of chunks in the sequences before
+  int64_t first_slot;   // and of those among them that do not begin a sequence
   int64_t chunks() const { return (length + kChunk - 1) / kChunk; }
 };
 
@@ -60,12 +61,15 @@ class Sequences {
 
   int64_t count() const { return static_cast<int64_t>(all_.size()); }
   int64_t chunks() const { return static_cast<int64_t>(chunks_.size()); }
+  int64_t slots() const { return slots_; }
   const Sequence& operator[](int64_t s) const { return all_[static_cast<size_t>(s)]; }
   const Chunk& chunk(int64_t c) const { return chunks_[static_cast<size_t>(c)]; }
 
  private:
   void add(int64_t batch, int64_t begin, int64_t length) {
-    all_.push_back({batch, begin, length, chunks()});
+    const int64_t own = (length + kChunk - 1) / kChunk;
+    all_.push_back({batch, begin, length, chunks(), slots_});
+    slots_ += own > 0 ? own - 1 : 0;
     for (int64_t t = 0; t < length; t += kChunk) {
       chunks_.push_back({count() - 1, batch, begin + t, smaller(kChunk, length - t)});
     }
@@ -73,7 +77,28 @@ class Sequences {
 
   std::vector<Sequence> all_;
   std::vector<Chunk> chunks_;
+  int64_t slots_ = 0;
 };
+
+constexpr const char* kKept = "star_kernels: a backward needs the states that a forward with keep=True returns";
+
+// The states at the chunks' starts that a forward keeps for its backward, but for a sequence's first, which is the
+// initial one. There is room for as many as the shapes alone allow, since how long packed sequences are is not known
+// where shapes are; what is left of it is zero.
+inline Tensor new_kept_states(const Tensor& x, const Sequences& sequences, int64_t elements, bool keep, DType dtype) {
+  const int64_t slots = keep ? x.size(0) * ((x.size(1) + kChunk - 1) / kChunk) : 0;
+  Tensor kept = empty({slots * elements}, dtype);
+  const int64_t used = keep ? sequences.slots() * elements * kept.element_size() : 0;
+  const int64_t all = kept.numel() * kept.element_size();
+  if (used < all) std::memset(static_cast<char*>(kept.mutable_raw()) + used, 0, static_cast<size_t>(all - used));
+  return kept;
+}
+
+// The state of one head at the start of chunk c > 0 of a sequence.
+template <class W> inline W* kept_state(W* kept, const Sequence& sequence, int64_t c, int64_t heads, int64_t head,
+                                        int64_t elements) {
+  return kept + ((sequence.first_slot + c - 1) * heads + head) * elements;
+}
 
 // The tiles that will be needed next, asked for a few cache lines at a time between matrix products: rows of one head are
 // 2 KB apart where there are 8 heads of 64, which the processor does not foresee.

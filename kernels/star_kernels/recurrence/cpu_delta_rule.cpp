@@ -101,17 +101,16 @@ template <class W> struct DeltaRule : Memory<W> {
     bool queries, keys;
   };
 
-  // Load a chunk that starts from `memory` and solve for what it writes; with `reads`, its queries and scores too.
-  Finite write(const Chunk& chunk, int64_t head, const W* memory, bool reads, Ahead& ahead,
-               Tiles<W>& tile) const {
+  // Load a chunk that starts from `memory`, its scores, and solve for what it writes.
+  Finite write(const Chunk& chunk, int64_t head, const W* memory, Ahead& ahead, Tiles<W>& tile) const {
     const int64_t n = chunk.length, b = chunk.batch, t = chunk.begin, depth = this->keys;
-    Finite finite{true, true};
+    Finite finite;
     tile.keys = tile.queries + n * row_k;
     logs.load(b, t, n, head, tile.decay);
     each_vector<W>(padded(n), [&](int64_t i) { exp(V::load(tile.decay + i)).store(tile.decay + i); });
     chunk_decays(n, tile.decay, tile.between, tile.since, tile.until);
     strength.load(b, t, n, head, tile.beta);
-    if (reads) finite.queries = q.load(b, t, n, head, tile.queries, row_k, 0, this->scale);
+    finite.queries = q.load(b, t, n, head, tile.queries, row_k, 0, this->scale);
     finite.keys = k.load(b, t, n, head, tile.keys, row_k);
     v.load(b, t, n, head, tile.rest, row_v);
     transpose_tile(n, row_k, tile.keys, row_k, tile.turned, kChunk, padded(n));
@@ -119,15 +118,11 @@ template <class W> struct DeltaRule : Memory<W> {
     each_strictly_lower<W>(n, [&](int64_t at, int64_t i, auto keep) {
       keep(V::load(tile.between + at) * V::load(tile.by_keys + at) * V(-tile.beta[i])).store(tile.coupling + at);
     });
-    if (reads) {
-      lower_product(n, depth, tile.queries, row_k, tile.turned, kChunk, tile.by_queries);
-      each_lower<W>(n, [&](int64_t at, auto keep) {
-        keep(V::load(tile.between + at) * V::load(tile.by_queries + at)).store(tile.scores + at);
-      });
-    }
-    const int64_t first = reads ? 0 : n;
-    product<W>(2 * n - first, row_v, depth, {tile.queries + first * row_k, row_k, 1}, memory, row_v,
-               tile.held + first * row_v, row_v, false, ahead);
+    lower_product(n, depth, tile.queries, row_k, tile.turned, kChunk, tile.by_queries);
+    each_lower<W>(n, [&](int64_t at, auto keep) {
+      keep(V::load(tile.between + at) * V::load(tile.by_queries + at)).store(tile.scores + at);
+    });
+    product<W>(2 * n, row_v, depth, {tile.queries, row_k, 1}, memory, row_v, tile.held, row_v, false, ahead);
     for (int64_t i = 0; i < n; ++i) {
       const V since(tile.since[i]), beta(tile.beta[i]);
       each_vector<W>(row_v, [&](int64_t j) {
@@ -147,7 +142,8 @@ template <class W> struct DeltaRule : Memory<W> {
     product<W>(this->keys, row_v, n, {tile.turned, kChunk, 1}, tile.scaled, row_v, memory, row_v, true, ahead);
   }
 
-  void forward_head(int64_t s, int64_t head, W* final_states, Sink<W>& o) const {
+  // `kept` may be null.
+  void forward_head(int64_t s, int64_t head, W* final_states, W* kept, Sink<W>& o) const {
     const Sequence& sequence = sequences[s];
     Scratch scratch;
     Tiles<W> tile(scratch, row_k, row_v);
@@ -160,7 +156,8 @@ template <class W> struct DeltaRule : Memory<W> {
       if (c + 1 < sequence.chunks()) {
         look_ahead<W>(sequences.chunk(sequence.first_chunk + c + 1), head, {&q, &k, &v}, ahead);
       }
-      write(chunk, head, memory, true, ahead, tile);
+      this->keep(memory, s, c, head, kept);
+      write(chunk, head, memory, ahead, tile);
       scale_rows(n, row_v, tile.since, tile.held, tile.held);
       const bool finite = all_finite(n * row_v, tile.written);
       multiply_lower(n, row_v, tile.scores, tile.written, row_v, tile.held, row_v, true, finite);
@@ -176,30 +173,18 @@ template <class W> struct DeltaRule : Memory<W> {
     W* initial;      // (S, H, K, V), or null
   };
 
-  void backward_head(int64_t s, int64_t head, const Source<W>& dout, const W* dfinal, Gradients& to) const {
+  void backward_head(int64_t s, int64_t head, const W* kept, const Source<W>& dout, const W* dfinal,
+                     Gradients& to) const {
     const Sequence& sequence = sequences[s];
     Scratch scratch;
     Tiles<W> tile(scratch, row_k, row_v);
-    W *memory = scratch.get<W>(elements()), *starts = scratch.get<W>(sequence.chunks() * elements());
-    this->begin(this->initial_states(), s, head, memory);
-    for (int64_t c = 0; c < sequence.chunks(); ++c) {
-      copy(elements(), memory, starts + c * elements());
-      if (c + 1 == sequence.chunks()) break;
-      const Chunk& chunk = sequences.chunk(sequence.first_chunk + c);
-      Ahead ahead;
-      if (c + 2 < sequence.chunks()) {
-        look_ahead<W>(sequences.chunk(sequence.first_chunk + c + 1), head, {&k, &v}, ahead);
-      }
-      write(chunk, head, memory, false, ahead, tile);
-      advance(chunk.length, tile, memory, ahead);
-    }
-    W* pull = memory;  // the gradient of the memory at the chunk's end
-    this->begin(dfinal, s, head, pull);
+    W *first = scratch.get<W>(elements()), *pull = scratch.get<W>(elements());
+    this->begin(dfinal, s, head, pull);  // the gradient of the memory at the chunk's end
     for (int64_t c = sequence.chunks() - 1; c >= 0; --c) {
       Ahead ahead;
       if (c > 0) look_ahead<W>(sequences.chunk(sequence.first_chunk + c - 1), head, {&q, &k, &v, &dout}, ahead);
-      backward_chunk(sequences.chunk(sequence.first_chunk + c), head, dout, starts + c * elements(), pull, ahead, tile,
-                     to);
+      backward_chunk(sequences.chunk(sequence.first_chunk + c), head, dout, this->start(kept, s, c, head, first), pull,
+                     ahead, tile, to);
     }
     if (to.initial != nullptr) this->end(pull, s, head, to.initial);
   }
@@ -213,7 +198,7 @@ template <class W> struct DeltaRule : Memory<W> {
     W *dheld = scratch.get<W>(2 * tile_v), *dqueries = scratch.get<W>(2 * kChunk * row_k);
     W *dscores = scratch.get<W>(square), *dcoupling = scratch.get<W>(square), *m = scratch.get<W>(square);
     W *carried = scratch.get<W>(kChunk * row_k), *dkeys = dqueries + n * row_k;
-    const Finite finite = write(chunk, head, start, true, ahead, tile);
+    const Finite finite = write(chunk, head, start, ahead, tile);
     bool finite_dy = true;
     if (dout.defined()) {
       finite_dy = dout.load(b, t, n, head, dy, row_v);
@@ -286,28 +271,31 @@ void check_delta(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   for (int64_t axis = 0; axis + 1 < axes; ++axis) require(log_decay.size(axis) == q.size(axis), kShapes);
 }
 
-std::tuple<Tensor, Tensor> gated_delta_rule(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& log_decay,
-                                            const Tensor& beta, double scale, const OptionalTensor& initial_state,
-                                            const OptionalTensor& cu_seqlens) {
+std::tuple<Tensor, Tensor, Tensor> gated_delta_rule(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                    const Tensor& log_decay, const Tensor& beta, double scale,
+                                                    const OptionalTensor& initial_state,
+                                                    const OptionalTensor& cu_seqlens, bool keep) {
   check_delta(q, k, v, log_decay, beta, 4);
-  Tensor o, final_state;
+  Tensor o, final_state, kept;
   dispatch_wide(q.dtype(), [&](auto element) {
     using W = decltype(element);
     const DeltaRule<W> self(q, k, v, log_decay, beta, scale, initial_state, cu_seqlens);
     Sink<W> out(v);
     final_state = empty({self.sequences.count(), self.heads, self.keys, self.values}, dtype_of<W>());
-    W* states = final_state.mutable_data<W>();
-    parallel_tasks(self.sequences.count() * self.heads,
-                   [&](int64_t task) { self.forward_head(task / self.heads, task % self.heads, states, out); });
+    kept = new_kept_states(q, self.sequences, self.heads * self.elements(), keep, dtype_of<W>());
+    W *states = final_state.mutable_data<W>(), *kept_data = keep ? kept.mutable_data<W>() : nullptr;
+    parallel_tasks(self.sequences.count() * self.heads, [&](int64_t task) {
+      self.forward_head(task / self.heads, task % self.heads, states, kept_data, out);
+    });
     o = out.finish();
   });
-  return {std::move(o), std::move(final_state)};
+  return {std::move(o), std::move(final_state), std::move(kept)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule_backward(
     const OptionalTensor& dout, const OptionalTensor& dfinal, const Tensor& q, const Tensor& k, const Tensor& v,
     const Tensor& log_decay, const Tensor& beta, double scale, const OptionalTensor& initial_state,
-    const OptionalTensor& cu_seqlens) {
+    const OptionalTensor& cu_seqlens, const Tensor& kept) {
   check_delta(q, k, v, log_decay, beta, 4);
   require(!dout || dout.same_shape(v), kShapes);
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> result;
@@ -315,6 +303,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule_back
     using W = decltype(element);
     constexpr DType kWide = dtype_of<W>();
     const DeltaRule<W> self(q, k, v, log_decay, beta, scale, initial_state, cu_seqlens);
+    require(kept.numel() >= self.sequences.slots() * self.heads * self.elements(), kKept);
     Tensor dlog = empty(3, log_decay.sizes(), kWide), dbeta = empty(3, beta.sizes(), kWide);
     Tensor dinitial = initial_state ? empty(4, initial_state.sizes(), kWide) : empty({0}, kWide);
     Tensor wide;
@@ -324,7 +313,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule_back
     typename DeltaRule<W>::Gradients to{Sink<W>(q), Sink<W>(k), Sink<W>(v), dlog.mutable_data<W>(),
                                         dbeta.mutable_data<W>(), initial_state ? dinitial.mutable_data<W>() : nullptr};
     parallel_tasks(self.sequences.count() * self.heads, [&](int64_t task) {
-      self.backward_head(task / self.heads, task % self.heads, upstream, dfinal_data, to);
+      self.backward_head(task / self.heads, task % self.heads, kept.data<W>(), upstream, dfinal_data, to);
     });
     result = {to.q.finish(), to.k.finish(), to.v.finish(), cast(dlog, log_decay.dtype()), cast(dbeta, beta.dtype()),
               initial_state ? cast(dinitial, initial_state.dtype()) : std::move(dinitial)};
@@ -397,12 +386,12 @@ std::tuple<Tensor, Tensor> gated_delta_rule_step(const Tensor& state_any, const 
 
 STAR_OPERATOR(
     "gated_delta_rule(Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor beta, float scale, Tensor? initial_state, "
-    "Tensor? cu_seqlens) -> (Tensor, Tensor)",
+    "Tensor? cu_seqlens, bool keep) -> (Tensor, Tensor, Tensor)",
     gated_delta_rule);
 STAR_OPERATOR(
     "gated_delta_rule_backward(Tensor? dout, Tensor? dfinal_state, Tensor q, Tensor k, Tensor v, Tensor log_decay, "
-    "Tensor beta, float scale, Tensor? initial_state, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
-    "Tensor)",
+    "Tensor beta, float scale, Tensor? initial_state, Tensor? cu_seqlens, Tensor kept) -> (Tensor, Tensor, Tensor, "
+    "Tensor, Tensor, Tensor)",
     gated_delta_rule_backward);
 STAR_OPERATOR(
     "gated_delta_rule_step(Tensor state, Tensor q, Tensor k, Tensor v, Tensor log_decay, Tensor beta, float scale) -> "

@@ -7,16 +7,16 @@ namespace {
 struct Diagonal {
   static constexpr int kInputs = 2;  // decay, x
   static constexpr int kKept = 0;
-  static constexpr bool kHasParameter = false;
-  static constexpr int64_t kSegment = 256;
-  static constexpr int kVectors = 4;
+  static constexpr int kVectors = 16;
   static constexpr int kOperations = 1;  // of an element, in units of a simple one
 
-  template <class V> static inline __attribute__((always_inline)) void terms(const V* in, V, V& a, V& v, V*) {
+  template <class V>
+  static inline __attribute__((always_inline)) void terms(const V* in, V, V& a, V& v, V*) {
     a = in[0];
     v = in[1];
   }
-  template <class V> static inline __attribute__((always_inline)) void gradients(const V* in, V, const V*, V h, V g, V& a, V* din, V&) {
+  template <class V>
+  static inline __attribute__((always_inline)) void gradients(const V* in, V, const V*, V h, V g, V& a, V* din, V&) {
     a = in[0];
     din[0] = g * h;
     din[1] = g;

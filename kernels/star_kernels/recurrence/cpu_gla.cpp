@@ -146,7 +146,8 @@ template <class W> struct Gla : Memory<W> {
     for (int64_t c = 0; c < keys; ++c) chunked::scale(row_v, decay[c], memory + c * row_v);
   }
 
-  void forward_head(int64_t s, int64_t head, W* final_states, Sink<W>& o) const {
+  // `kept` may be null.
+  void forward_head(int64_t s, int64_t head, W* final_states, W* kept, Sink<W>& o) const {
     const Sequence& sequence = sequences[s];
     Scratch scratch;
     Tiles<W> tile(scratch, row_k, row_v);
@@ -155,6 +156,7 @@ template <class W> struct Gla : Memory<W> {
     for (int64_t c = 0; c < sequence.chunks(); ++c) {
       const Chunk& chunk = sequences.chunk(sequence.first_chunk + c);
       const int64_t n = chunk.length, rows = padded(n);
+      this->keep(memory, s, c, head, kept);
       const bool finite = load(chunk, head, rows, tile);
       tile.template accumulate_decays<false>(rows / kBlock);
       tile.score(rows / kBlock, keys);
@@ -176,49 +178,18 @@ template <class W> struct Gla : Memory<W> {
     W* initial;  // (S, H, K, V), or null
   };
 
-  // The memory at each chunk's start.
-  void scan(int64_t s, int64_t head, Tiles<W>& tile, W* memory, W* starts) const {
-    const Sequence& sequence = sequences[s];
-    this->begin(this->initial_states(), s, head, memory);
-    for (int64_t c = 0; c < sequence.chunks(); ++c) {
-      copy(elements(), memory, starts + c * elements());
-      if (c + 1 == sequence.chunks()) break;
-      const Chunk& chunk = sequences.chunk(sequence.first_chunk + c);
-      const int64_t n = chunk.length;
-      k.load(chunk.batch, chunk.begin, n, head, tile.k, row_k);
-      v.load(chunk.batch, chunk.begin, n, head, tile.v, row_v);
-      logs.load(chunk.batch, chunk.begin, n, head, tile.decay, row_k);
-      tile.exp_of_logs(n);
-      each_vector<W>(row_k, [&](int64_t j) {
-        V until(1);
-        for (int64_t i = n - 1; i >= 0; --i) {
-          W* key = tile.k + i * row_k + j;
-          (V::load(key) * until).store(key);
-          until = until * V::load(tile.decay + i * row_k + j);
-        }
-        until.store(tile.whole + j);
-      });
-      decay_rows(tile.whole, memory);
-      Ahead ahead;
-      const Chunk& next = sequences.chunk(sequence.first_chunk + c + 1);
-      if (c + 2 < sequence.chunks()) look_ahead<W>(next, head, {&k, &v, &logs}, ahead);
-      product<W>(keys, row_v, n, {tile.k, 1, row_k}, tile.v, row_v, memory, row_v, true, ahead);
-    }
-  }
-
-  void backward_head(int64_t s, int64_t head, const Source<W>& dout, const W* dfinal, Gradients& to) const {
+  void backward_head(int64_t s, int64_t head, const W* kept, const Source<W>& dout, const W* dfinal,
+                     Gradients& to) const {
     const Sequence& sequence = sequences[s];
     Scratch scratch;
     Tiles<W> tile(scratch, row_k, row_v);
-    W *memory = scratch.get<W>(elements()), *starts = scratch.get<W>(sequence.chunks() * elements());
-    scan(s, head, tile, memory, starts);
-    W* pull = memory;  // the gradient of the memory at the chunk's end
-    this->begin(dfinal, s, head, pull);
+    W *first = scratch.get<W>(elements()), *pull = scratch.get<W>(elements());
+    this->begin(dfinal, s, head, pull);  // the gradient of the memory at the chunk's end
     for (int64_t c = sequence.chunks() - 1; c >= 0; --c) {
       Ahead ahead;
       if (c > 0) look_ahead<W>(sequences.chunk(sequence.first_chunk + c - 1), head, {&q, &k, &logs, &v, &dout}, ahead);
-      backward_chunk(sequences.chunk(sequence.first_chunk + c), head, dout, starts + c * elements(), pull, ahead, tile,
-                     to);
+      backward_chunk(sequences.chunk(sequence.first_chunk + c), head, dout, this->start(kept, s, c, head, first), pull,
+                     ahead, tile, to);
     }
     if (to.initial != nullptr) this->end(pull, s, head, to.initial);
   }
@@ -330,29 +301,32 @@ template <class W> struct Gla : Memory<W> {
   }
 };
 
-std::tuple<Tensor, Tensor> gated_linear_attention(const Tensor& q, const Tensor& k, const Tensor& v,
-                                                  const Tensor& log_decay, double scale,
-                                                  const OptionalTensor& initial_state,
-                                                  const OptionalTensor& cu_seqlens) {
+std::tuple<Tensor, Tensor, Tensor> gated_linear_attention(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                          const Tensor& log_decay, double scale,
+                                                          const OptionalTensor& initial_state,
+                                                          const OptionalTensor& cu_seqlens, bool keep) {
   check_memory(kShapes, q, k, v, 4);
   require(log_decay.same_shape(q), kShapes);
-  Tensor o, final_state;
+  Tensor o, final_state, kept;
   dispatch_wide(q.dtype(), [&](auto element) {
     using W = decltype(element);
     const Gla<W> self(q, k, v, log_decay, scale, initial_state, cu_seqlens);
     Sink<W> out(v);
     final_state = empty({self.sequences.count(), self.heads, self.keys, self.values}, dtype_of<W>());
-    W* states = final_state.mutable_data<W>();
-    parallel_tasks(self.sequences.count() * self.heads,
-                   [&](int64_t task) { self.forward_head(task / self.heads, task % self.heads, states, out); });
+    kept = new_kept_states(q, self.sequences, self.heads * self.elements(), keep, dtype_of<W>());
+    W *states = final_state.mutable_data<W>(), *kept_data = keep ? kept.mutable_data<W>() : nullptr;
+    parallel_tasks(self.sequences.count() * self.heads, [&](int64_t task) {
+      self.forward_head(task / self.heads, task % self.heads, states, kept_data, out);
+    });
     o = out.finish();
   });
-  return {std::move(o), std::move(final_state)};
+  return {std::move(o), std::move(final_state), std::move(kept)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_attention_backward(
     const OptionalTensor& dout, const OptionalTensor& dfinal, const Tensor& q, const Tensor& k, const Tensor& v,
-    const Tensor& log_decay, double scale, const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens) {
+    const Tensor& log_decay, double scale, const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
+    const Tensor& kept) {
   check_memory(kShapes, q, k, v, 4);
   require(log_decay.same_shape(q) && (!dout || dout.same_shape(v)), kShapes);
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> result;
@@ -360,6 +334,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_attention_backwa
     using W = decltype(element);
     constexpr DType kWide = dtype_of<W>();
     const Gla<W> self(q, k, v, log_decay, scale, initial_state, cu_seqlens);
+    require(kept.numel() >= self.sequences.slots() * self.heads * self.elements(), kKept);
     Tensor dinitial = initial_state ? empty(4, initial_state.sizes(), kWide) : empty({0}, kWide);
     Tensor wide;
     if (dfinal) wide = cast(dfinal, kWide);
@@ -368,7 +343,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_linear_attention_backwa
     typename Gla<W>::Gradients to{Sink<W>(q), Sink<W>(k), Sink<W>(v), Sink<W>(log_decay),
                                   initial_state ? dinitial.mutable_data<W>() : nullptr};
     parallel_tasks(self.sequences.count() * self.heads, [&](int64_t task) {
-      self.backward_head(task / self.heads, task % self.heads, upstream, dfinal_data, to);
+      self.backward_head(task / self.heads, task % self.heads, kept.data<W>(), upstream, dfinal_data, to);
     });
     result = {to.q.finish(), to.k.finish(), to.v.finish(), to.logs.finish(),
               initial_state ? cast(dinitial, initial_state.dtype()) : std::move(dinitial)};
@@ -421,11 +396,11 @@ std::tuple<Tensor, Tensor> gated_linear_attention_step(const Tensor& state_any, 
 
 STAR_OPERATOR(
     "gated_linear_attention(Tensor q, Tensor k, Tensor v, Tensor log_decay, float scale, Tensor? initial_state, "
-    "Tensor? cu_seqlens) -> (Tensor, Tensor)",
+    "Tensor? cu_seqlens, bool keep) -> (Tensor, Tensor, Tensor)",
     gated_linear_attention);
 STAR_OPERATOR(
     "gated_linear_attention_backward(Tensor? dout, Tensor? dfinal_state, Tensor q, Tensor k, Tensor v, Tensor "
-    "log_decay, float scale, Tensor? initial_state, Tensor? cu_seqlens) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "log_decay, float scale, Tensor? initial_state, Tensor? cu_seqlens, Tensor kept) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     gated_linear_attention_backward);
 STAR_OPERATOR(
     "gated_linear_attention_step(Tensor state, Tensor q, Tensor k, Tensor v, Tensor log_decay, float scale) -> "

@@ -5,27 +5,50 @@
 namespace star {
 namespace {
 
+// a = exp(log_a) and 1 - a^2. Through m = expm1(log_a), as -m (2 + m): 1 - exp(-2e-9) is 0 in float32. Above log_a = 0,
+// where no decay lies, the latter is negative or NaN.
+template <class V> inline __attribute__((always_inline)) void decay_and_rest(V log_a, V& a, V& rest) {
+  if constexpr (V::N == 1) {
+    a = exp(log_a);
+    rest = -expm1(log_a + log_a);
+  } else {
+    // As in math.h: log_a = n ln 2 + r, and p = expm1(r) to 2^-32.
+    const V x = min(V(89.0f), max(V(-104.0f), log_a)), n = round_even(x * V(constants::kLog2E));
+    const V r = fnma(n, V(constants::kLn2Low), fnma(n, V(constants::kLn2High), x));
+    V q(0.0001991423f);
+    q = fma(q, r, V(0.001394105f));
+    q = fma(q, r, V(0.008333273f));
+    q = fma(q, r, V(0.041666355f));
+    q = fma(q, r, V(0.16666667f));
+    q = fma(q, r, V(0.5f));
+    const V p = fma(r * r, q, r), power = scale_by_power_of_2(V(1.0f), n);
+    a = scale_by_power_of_2(V(1.0f) + p, n);
+    const V m = fma(power, p, power - V(1.0f));
+    rest = -m * (V(2.0f) + m);
+  }
+}
+
 struct RgLru {
   static constexpr int kInputs = 3;  // x, recurrence gate, input gate; the parameter is c log_lambda
   static constexpr int kKept = 4;    // a, scale, both gates after the sigmoid
-  static constexpr bool kHasParameter = true;
-  static constexpr int64_t kSegment = 64;
   static constexpr int kVectors = 4;
   static constexpr int kOperations = 24;
 
-  template <class V> static inline __attribute__((always_inline)) void terms(const V* in, V rate, V& a, V& v, V* kept) {
+  template <class V>
+  static inline __attribute__((always_inline)) void terms(const V* in, V rate, V& a, V& v, V* kept) {
     const V recurrence = sigmoid(in[1]), input = sigmoid(in[2]);
-    const V log_a = recurrence * rate;
-    a = exp(log_a);
-    // 1 - a^2 through expm1: 1 - exp(-2e-9) is 0 in float32.
-    const V scale = sqrt(-expm1(log_a + log_a));
+    V rest;
+    decay_and_rest(recurrence * rate, a, rest);
+    const V scale = sqrt(rest);
     v = scale * (input * in[0]);
     kept[0] = a;
     kept[1] = scale;
     kept[2] = recurrence;
     kept[3] = input;
   }
-  template <class V> static inline __attribute__((always_inline)) void gradients(const V* in, V rate, const V* kept, V h, V g, V& a, V* din, V& dp) {
+  template <class V>
+  static inline __attribute__((always_inline)) void gradients(const V* in, V rate, const V* kept, V h, V g, V& a,
+                                                              V* din, V& dp) {
     a = kept[0];
     const V scale = kept[1], recurrence = kept[2], input = kept[3];
     const V dgated = g * scale, dscale = g * (input * in[0]);

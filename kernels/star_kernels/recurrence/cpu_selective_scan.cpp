@@ -15,7 +15,8 @@ struct Sizes {
   int64_t part_width, parts;  // a group's channels are cut into parts, one a task
 
   Sizes(const Tensor& x, const Tensor& A, const Tensor& B) {
-    require(x.dim() == 3 && A.dim() == 2 && B.dim() == 4, "selective_scan: x must be (B, T, D), A (D, N), B (B, T, G, N)");
+    require(x.dim() == 3 && A.dim() == 2 && B.dim() == 4,
+            "selective_scan: x must be (B, T, D), A (D, N), B (B, T, G, N)");
     batch = x.size(0);
     length = x.size(1);
     width = x.size(2);
@@ -133,8 +134,32 @@ template <class V> inline V softplus_and_slope(V x, V& slope) {
   }
 }
 
-// The lines of the tile to the right, a prefetch each: rows are too far apart for the processor to see the pattern.
-template <class V, class T> inline void prefetch_next(const T* tile) { __builtin_prefetch(tile + V::N); }
+// What to ask for during a tile's passes: its outputs, and the inputs of the tile after it.
+class Wanted {
+ public:
+  explicit Wanted(const void* at_hand) : at_hand_(static_cast<const char*>(at_hand)) {}
+
+  template <class T> void add(const T* first, int64_t step) {
+    list_[count_++] = {reinterpret_cast<const char*>(first), step * static_cast<int64_t>(sizeof(T))};
+  }
+  template <class T> void add(const Track<T>& track, int64_t row, int64_t t, int64_t channel) {
+    if (track) add(track.at(row, t) + channel, track.time);
+  }
+  Ahead take() { return taken_ < count_ ? list_[taken_++] : Ahead{at_hand_, 0}; }
+  // What no pass has taken.
+  void rest(int64_t tokens) {
+    while (taken_ < count_) {
+      Ahead ahead = take();
+      for (int64_t t = 0; t < tokens; ++t) ahead.next();
+    }
+  }
+
+ private:
+  static constexpr int kMost = 7;
+  const char* at_hand_;
+  Ahead list_[kMost];
+  int count_ = 0, taken_ = 0;
+};
 
 template <class T, class L>
 void prepare(const Inputs<T>& in, int64_t row, int64_t begin, int64_t tokens, int64_t channel, L lanes,
@@ -143,8 +168,6 @@ void prepare(const Inputs<T>& in, int64_t row, int64_t begin, int64_t tokens, in
   const V bias = load_optional<V>(in.bias, channel, lanes);
   for (int64_t t = 0; t < tokens; ++t) {
     const T *x_data = in.x.at(row, begin + t) + channel, *dt_data = in.dt.at(row, begin + t) + channel;
-    prefetch_next<V>(x_data);
-    prefetch_next<V>(dt_data);
     const V raw = V::load(dt_data, lanes) + bias, x = V::load(x_data, lanes);
     const V s = in.softplus ? softplus(raw) : raw;
     x.store(to.x + t * V::N);
@@ -162,20 +185,12 @@ void prepare_backward(const Inputs<T>& in, const Track<T>& dy_track, int64_t row
   const V bias = load_optional<V>(in.bias, channel, lanes);
   for (int64_t t = 0; t < tokens; ++t) {
     const T *x_data = in.x.at(row, begin + t) + channel, *dt_data = in.dt.at(row, begin + t) + channel;
-    prefetch_next<V>(x_data);
-    prefetch_next<V>(dt_data);
     const V raw = V::load(dt_data, lanes) + bias, x = V::load(x_data, lanes);
     V s = raw, slope(W(1)), dy(W(0)), dz(W(0));
     if (in.softplus) s = softplus_and_slope(raw, slope);
-    if (dy_track) {
-      const T* dy_data = dy_track.at(row, begin + t) + channel;
-      prefetch_next<V>(dy_data);
-      dy = V::load(dy_data, lanes);
-    }
+    if (dy_track) dy = V::load(dy_track.at(row, begin + t) + channel, lanes);
     if (in.z) {
-      const T* z_data = in.z.at(row, begin + t) + channel;
-      prefetch_next<V>(z_data);
-      const V z = V::load(z_data, lanes), open = sigmoid(z);
+      const V z = V::load(in.z.at(row, begin + t) + channel, lanes), open = sigmoid(z);
       dz = dy * open * fma(z, V(W(1)) - open, V(W(1)));
       dy = dy * (z * open);
     }
@@ -197,11 +212,7 @@ void store_outputs(const Inputs<T>& in, int64_t row, int64_t begin, int64_t toke
   for (int64_t t = 0; t < tokens; ++t) {
     V value = V::load(inner + t * V::N);
     if (in.D != nullptr) value = fma(skip, V::load(x + t * V::N), value);
-    if (in.z) {
-      const T* z_data = in.z.at(row, begin + t) + channel;
-      prefetch_next<V>(z_data);
-      value = value * silu(V::load(z_data, lanes));
-    }
+    if (in.z) value = value * silu(V::load(in.z.at(row, begin + t) + channel, lanes));
     value.store(y + (row * in.sizes.length + begin + t) * in.sizes.width + channel, lanes);
   }
 }
@@ -259,9 +270,18 @@ void forward_share(const Inputs<T>& in, const Share& share, const Wide<T>* start
       with_lanes<V>(channels, [&](auto lanes) {
         prepare(in, share.row, t, block.tokens, channel, lanes, prepared);
         for (int64_t i = 0; i < block.tokens; ++i) V(W(0)).store(block.y + i * V::N);
+        Wanted wanted(block.y);
+        wanted.add(y + (share.row * sizes.length + t) * sizes.width + channel, sizes.width);
+        const bool right = channel + V::N < share_end(share);
+        const int64_t next_t = right ? t : t + block.tokens, next_channel = right ? channel + V::N : share.first;
+        if (next_t < share.end) {
+          for (const Track<T>* one : {&in.dt, &in.x, &in.z}) wanted.add(*one, share.row, next_t, next_channel);
+        }
         over_states(states, [&](int64_t, int64_t n, auto count) {
-          selective_forward_block<decltype(count)::value, V>(block, n, rates + at + n * V::N, h + at + n * V::N);
+          selective_forward_block<decltype(count)::value, V>(block, n, rates + at + n * V::N, h + at + n * V::N,
+                                                             wanted.take());
         });
+        wanted.rest(block.tokens);
         store_outputs(in, share.row, t, block.tokens, channel, lanes, prepared.x, block.y, y);
       });
     });
@@ -287,7 +307,7 @@ void store_gradients(const Inputs<T>& in, const Share& share, int64_t begin, int
   using W = Wide<T>;
   const V skip = load_optional<V>(in.D, channel, lanes);
   const int64_t own = share.sequence * in.sizes.width + channel;
-  V dD = V::load(out.dD + own, lanes), dbias = V::load(out.dbias + own, lanes);
+  V dD(W(0)), dbias(W(0));
   for (int64_t t = block.tokens - 1; t >= 0; --t) {
     const int64_t to = (share.row * in.sizes.length + begin + t) * in.sizes.width + channel, at = t * V::N;
     const V x = V::load(prepared.x + at), dy = V::load(prepared.dy + at), ddriven = V::load(block.ddriven + at);
@@ -299,8 +319,8 @@ void store_gradients(const Inputs<T>& in, const Share& share, int64_t begin, int
     dD = fma(dy, x, dD);
     if (in.z) (V::load(prepared.dz + at) * fma(skip, x, V::load(block.y + at))).store(out.dz + to, lanes);
   }
-  dD.store(out.dD + own, lanes);
-  dbias.store(out.dbias + own, lanes);
+  (dD + V::load(out.dD + own, lanes)).store(out.dD + own, lanes);
+  (dbias + V::load(out.dbias + own, lanes)).store(out.dbias + own, lanes);
 }
 
 template <class T>
@@ -360,10 +380,24 @@ void backward_share(const Inputs<T>& in, const Track<T>& dy_track, const Share& 
         for (W* sum : {block.y, block.ddriven, block.dlog_decay}) {
           for (int64_t i = 0; i < block.tokens; ++i) V(W(0)).store(sum + i * V::N);
         }
+        Wanted wanted(block.y);
+        const int64_t to = (share.row * sizes.length + t) * sizes.width + channel;
+        for (T* one : {out.dx, out.ddt}) wanted.add(one + to, sizes.width);
+        if (in.z) wanted.add(out.dz + to, sizes.width);
+        const bool right = channel + V::N < share_end(share);
+        if (right || t > share.begin) {
+          const int64_t next_t = right ? t : block_begin(t, share.begin);
+          for (const Track<T>* one : {&in.dt, &in.x, &dy_track, &in.z}) {
+            wanted.add(*one, share.row, next_t, right ? channel + V::N : share.first);
+          }
+        }
         over_states(states, [&](int64_t pass, int64_t n, auto count) {
+          const Ahead first_ahead = wanted.take(), second_ahead = wanted.take();
           selective_backward_block<decltype(count)::value, V>(block, pass, n, rates + at + n * V::N, h + n * V::N,
-                                                              pull + at + n * V::N, drates + at + n * V::N);
+                                                              pull + at + n * V::N, drates + at + n * V::N,
+                                                              first_ahead, second_ahead);
         });
+        wanted.rest(block.tokens);
         store_gradients(in, share, t, channel, lanes, prepared, block, out);
       });
       block.first = false;

@@ -2,8 +2,8 @@
 // + dt_bias).
 //
 // Forward: the products C_i . B_j of every chunk, which the heads of a group share, then each head by itself over time.
-// Backward: each head over time for its states and their gradients at the chunks' ends, then each chunk by itself, all
-// heads of a group together: the gradients of B and C need no sum across tasks, and take one triangle for all heads.
+// Backward: each head over time for the gradients of its states at the chunks' ends, then each chunk by itself, all heads
+// of a group together: the gradients of B and C need no sum across tasks, and take one triangle for all heads.
 #include "chunked.h"
 
 namespace star {
@@ -11,7 +11,7 @@ namespace {
 
 using namespace chunked;  // NOLINT
 
-// Chunk states held at once in backward, beside their gradients: 16 MB in float32, which a last-level cache holds.
+// Gradients of chunk states held at once in backward: 16 MB in float32, which a last-level cache holds.
 constexpr int64_t kHeldElements = int64_t{1} << 22;
 
 void check(const Tensor& x, const Tensor& dt, const Tensor& a, const Tensor& b, const Tensor& c, int64_t axes) {
@@ -88,9 +88,7 @@ template <class W> struct Ssd {
   }
 
   int64_t heads_a_group() const { return heads / groups; }
-  const W* initial_of(int64_t sequence, int64_t head) const {
-    return initial ? initial.data<W>() + (sequence * heads + head) * width * size : nullptr;
-  }
+  const W* initial_states() const { return initial ? initial.data<W>() : nullptr; }
 
   // What a chunk's step sizes make of its tokens, for one head.
   struct Steps {
@@ -127,6 +125,7 @@ template <class W> struct Ssd {
   bool load_upstream(const Source<W>& dy, const Chunk& chunk, int64_t head, W* tile, W* gate_tile) const {
     if (!dy.defined()) {
       zero(chunk.length * row_p, tile);
+      zero(chunk.length * row_p, gate_tile);  // any gate will do, but not what the memory held: 0 times NaN is NaN
       return true;
     }
     const bool finite = dy.load(chunk.batch, chunk.begin, chunk.length, head, tile, row_p);
@@ -138,11 +137,12 @@ template <class W> struct Ssd {
     return all_finite(chunk.length * row_p, tile);
   }
 
-  void forward(W* final_states, Sink<W>& y) const {
+  // `kept` may be null.
+  void forward(W* final_states, W* kept, Sink<W>& y) const {
     Tensor table;
     if (heads_a_group() > 1) table = shared_products();
     parallel_tasks(sequences.count() * heads, [&](int64_t task) {
-      forward_head(task / heads, task % heads, table ? table.data<W>() : nullptr, final_states, y);
+      forward_head(task / heads, task % heads, table ? table.data<W>() : nullptr, final_states, kept, y);
     });
   }
 
@@ -160,25 +160,37 @@ template <class W> struct Ssd {
     return table;
   }
 
-  // One head of one sequence over time. The state is held as N x P here.
-  void forward_head(int64_t s, int64_t head, const W* table, W* final_states, Sink<W>& y) const {
+  // Elements of a state as it is held here: N x P, both axes padded.
+  int64_t state_elements() const { return row_n * row_p; }
+
+  // The first state, or gradient of the last, from (S, H, P, N); zeros if there is none.
+  void begin(const W* states, int64_t s, int64_t head, W* state) const {
+    zero(state_elements(), state);
+    if (states == nullptr) return;
+    transpose_tile(width, size, states + (s * heads + head) * width * size, size, state, row_p, row_p);
+  }
+  void end(const W* state, int64_t s, int64_t head, W* states) const {
+    transpose_tile(size, width, state, row_p, states + (s * heads + head) * width * size, size, size);
+  }
+
+  // One head of one sequence over time.
+  void forward_head(int64_t s, int64_t head, const W* table, W* final_states, W* kept, Sink<W>& y) const {
     const Sequence& sequence = sequences[s];
     const int64_t group = head / heads_a_group();
     Scratch scratch;
-    W* state = scratch.get<W>(row_n * row_p);
+    W* state = scratch.get<W>(state_elements());
     W *x_tile = scratch.get<W>(kChunk * row_p), *value = scratch.get<W>(kChunk * row_p);
     W *y_tile = scratch.get<W>(kChunk * row_p), *in_tile = scratch.get<W>(kChunk * row_n);
     W *out_tile = scratch.get<W>(kChunk * row_n), *turned = scratch.get<W>(kChunk * row_n);
     W *triangle = scratch.get<W>(kChunk * kChunk), *scores = scratch.get<W>(kChunk * kChunk);
     Steps& own = *scratch.get<Steps>(1);
-    if (const W* start = initial_of(s, head)) {
-      transpose_tile(width, size, start, size, state, row_p, row_p);
-    } else {
-      zero(size * row_p, state);
-    }
+    begin(initial_states(), s, head, state);
     for (int64_t c = 0; c < sequence.chunks(); ++c) {
       const Chunk& chunk = sequences.chunk(sequence.first_chunk + c);
       const int64_t n = chunk.length, b = chunk.batch, t = chunk.begin;
+      if (kept != nullptr && c > 0) {
+        copy(state_elements(), state, kept_state(kept, sequence, c, heads, head, state_elements()));
+      }
       steps(chunk, head, true, own);
       const W* shared = triangle;
       if (table != nullptr) {
@@ -209,7 +221,7 @@ template <class W> struct Ssd {
       finish_rows(n * row_p, skip.defined(), skip[head], x_tile, gate.defined() ? value : nullptr, y_tile);
       y.store(b, t, n, head, y_tile, row_p);
     }
-    transpose_tile(size, width, state, row_p, final_states + (s * heads + head) * width * size, size, size);
+    end(state, s, head, final_states);
   }
 
   struct Gradients {
@@ -219,10 +231,7 @@ template <class W> struct Ssd {
     W* initial;  // (S, H, P, N), or null
   };
 
-  // Elements of a state with both axes padded, as P x N.
-  int64_t state_elements() const { return row_p * row_n; }
-
-  void backward(const Source<W>& dy, const W* dfinal, Gradients& out) const {
+  void backward(const W* kept, const Source<W>& dy, const W* dfinal, Gradients& out) const {
     const int64_t state = state_elements();
     for (int64_t first = 0, last; first < sequences.count(); first = last) {
       int64_t chunks = 0;
@@ -231,65 +240,40 @@ template <class W> struct Ssd {
         chunks += sequences[last].chunks();
       }
       const int64_t first_chunk = sequences[first].first_chunk;
-      Tensor starts = empty({chunks, heads, row_p, row_n}, dtype_of<W>());
-      Tensor pulls = empty({chunks, heads, row_p, row_n}, dtype_of<W>());
-      W *start = starts.mutable_data<W>(), *pull = pulls.mutable_data<W>();
+      Tensor pulls = empty({chunks, heads, row_n, row_p}, dtype_of<W>());
+      W* pull = pulls.mutable_data<W>();
       parallel_tasks((last - first) * heads, [&](int64_t task) {
-        scan_head(first + task / heads, task % heads, first_chunk, dy, dfinal, start, pull, out.initial);
+        scan_head(first + task / heads, task % heads, first_chunk, dy, dfinal, pull, out.initial);
       });
       parallel_tasks(chunks * groups, [&](int64_t task) {
-        const int64_t state_of_chunk = task / groups * heads * state;
-        backward_chunk(first_chunk + task / groups, task % groups, dy, start + state_of_chunk, pull + state_of_chunk,
-                       out);
+        backward_chunk(first_chunk + task / groups, task % groups, kept, dy, pull + task / groups * heads * state, out);
       });
     }
   }
 
-  // The state at each chunk's start and its gradient at each chunk's end, for one head of one sequence.
-  void scan_head(int64_t s, int64_t head, int64_t first_chunk, const Source<W>& dy, const W* dfinal, W* starts,
-                 W* pulls, W* dinitial) const {
+  // The gradient of the state at each chunk's end, for one head of one sequence.
+  void scan_head(int64_t s, int64_t head, int64_t first_chunk, const Source<W>& dy, const W* dfinal, W* pulls,
+                 W* dinitial) const {
     const Sequence& sequence = sequences[s];
-    const int64_t group = head / heads_a_group(), count = state_elements(), at = (s * heads + head) * width * size;
+    const int64_t group = head / heads_a_group(), count = state_elements();
     Scratch scratch;
-    W *state = scratch.get<W>(count), *tile = scratch.get<W>(kChunk * row_p);
-    W *gate_tile = scratch.get<W>(kChunk * row_p), *shared_tile = scratch.get<W>(kChunk * row_n);
+    W *pull = scratch.get<W>(count), *tile = scratch.get<W>(kChunk * row_p);
+    W *gate_tile = scratch.get<W>(kChunk * row_p), *out_tile = scratch.get<W>(kChunk * row_n);
     Steps& own = *scratch.get<Steps>(1);
-    const auto begin_with = [&](const W* from) {
-      zero(count, state);
-      if (from != nullptr) copy_rows(width, size, from, size, state, row_n);
-    };
-    // decay S + (rows of `tile`)^T (rows of `shared_tile`)
-    const auto advance = [&](int64_t n, Ahead& ahead) {
-      scale(count, own.since[n - 1], state);
-      product<W>(row_p, row_n, n, {tile, 1, row_p}, shared_tile, row_n, state, row_n, true, ahead);
-    };
-    begin_with(initial_of(s, head));
-    for (int64_t c = 0; c < sequence.chunks(); ++c) {
-      const Chunk& chunk = sequences.chunk(sequence.first_chunk + c);
-      copy(count, state, starts + ((sequence.first_chunk + c - first_chunk) * heads + head) * count);
-      if (c + 1 == sequence.chunks()) break;
-      steps(chunk, head, false, own);
-      x.load(chunk.batch, chunk.begin, chunk.length, head, tile, row_p, 0, 1, own.step);
-      inward.load(chunk.batch, chunk.begin, chunk.length, group, shared_tile, row_n, 0, 1, own.until);
-      Ahead ahead;
-      if (c + 2 < sequence.chunks()) {
-        look_ahead<W>(sequences.chunk(sequence.first_chunk + c + 1), head, {&x}, ahead);
-      }
-      advance(chunk.length, ahead);
-    }
-    begin_with(dfinal != nullptr ? dfinal + at : nullptr);
+    begin(dfinal, s, head, pull);
     for (int64_t c = sequence.chunks() - 1; c >= 0; --c) {
       const Chunk& chunk = sequences.chunk(sequence.first_chunk + c);
-      copy(count, state, pulls + ((sequence.first_chunk + c - first_chunk) * heads + head) * count);
+      copy(count, pull, pulls + ((sequence.first_chunk + c - first_chunk) * heads + head) * count);
       if (c == 0 && dinitial == nullptr) break;
       steps(chunk, head, false, own);
       load_upstream(dy, chunk, head, tile, gate_tile);
-      outward.load(chunk.batch, chunk.begin, chunk.length, group, shared_tile, row_n, 0, 1, own.since);
+      outward.load(chunk.batch, chunk.begin, chunk.length, group, out_tile, row_n, 0, 1, own.since);
+      scale(count, own.since[chunk.length - 1], pull);
       Ahead ahead;
       if (c > 0) look_ahead<W>(sequences.chunk(sequence.first_chunk + c - 1), head, {&dy, &gate}, ahead);
-      advance(chunk.length, ahead);
+      product<W>(size, row_p, chunk.length, {out_tile, 1, row_n}, tile, row_p, pull, row_p, true, ahead);
     }
-    if (dinitial != nullptr) copy_rows(width, size, state, row_n, dinitial + at, size);
+    if (dinitial != nullptr) end(pull, s, head, dinitial);
   }
 
   // Tiles of one chunk and group in backward, and of one of its heads at a time.
@@ -306,14 +290,15 @@ template <class W> struct Ssd {
     Steps* steps;
   };
 
-  // Everything inside one chunk, for all heads of a group. `starts` and `pulls` are the chunk's.
-  void backward_chunk(int64_t number, int64_t group, const Source<W>& dy, const W* starts, const W* pulls,
+  // Everything inside one chunk, for all heads of a group. `pulls` is the chunk's.
+  void backward_chunk(int64_t number, int64_t group, const W* kept, const Source<W>& dy, const W* pulls,
                       Gradients& to) const {
     const Chunk& chunk = sequences.chunk(number);
     const int64_t n = chunk.length, b = chunk.batch, t = chunk.begin;
     Scratch scratch;
     Tiles tile(scratch, row_p, row_n);
-    W* turned_value = scratch.get<W>(kChunk * row_p);
+    W *turned_value = scratch.get<W>(kChunk * row_p), *first = scratch.get<W>(state_elements());
+    const int64_t c = number - sequences[chunk.sequence].first_chunk;
     const bool finite_in = inward.load(b, t, n, group, tile.in, row_n);
     const bool finite_out = outward.load(b, t, n, group, tile.out, row_n);
     products(n, tile.out, tile.in, tile.turned, tile.products);
@@ -321,8 +306,13 @@ template <class W> struct Ssd {
     zero(n * row_n, tile.dout);
     each_lower<W>(n, [&](int64_t at, auto) { V(0).store(tile.dproducts + at); });
     for (int64_t head = group * heads_a_group(); head < (group + 1) * heads_a_group(); ++head) {
-      const W *start = starts + head * state_elements(), *pull = pulls + head * state_elements();
-      backward_head(number, head, dy, start, pull, turned_value, tile, to);
+      const W* start = first;
+      if (c > 0) {
+        start = kept_state(kept, sequences[chunk.sequence], c, heads, head, state_elements());
+      } else {
+        begin(initial_states(), chunk.sequence, head, first);
+      }
+      backward_head(number, head, dy, start, pulls + head * state_elements(), turned_value, tile, to);
     }
     multiply_lower(n, row_n, tile.dproducts, tile.in, row_n, tile.dout, row_n, true, finite_in);
     multiply_lower_transposed(n, row_n, tile.dproducts, tile.out, row_n, tile.din, row_n, true, finite_out);
@@ -350,23 +340,23 @@ template <class W> struct Ssd {
       keep(dproduct * product).store(tile.m + at);
       keep(product * between).store(tile.scores + at);
     });
+    Ahead ahead;
+    if (head + 1 < heads) look_ahead<W>(chunk, head + 1, {&x, &dy, &gate}, ahead);
     if (gate.defined()) {
-      backward_gate(chunk, head, dy, start, finite_value, tile);
+      backward_gate(chunk, head, dy, start, finite_value, ahead, tile);
       to.gate.store(b, t, n, head, tile.scaled, row_p);
     }
 
-    gemm<W, W>(n, row_p, size, {tile.in, row_n, 1}, {pull, 1, row_n}, tile.dvalue, row_p, false);
+    product<W>(n, row_p, size, {tile.in, row_n, 1}, pull, row_p, tile.dvalue, row_p, false, ahead);
     scale_rows(n, row_p, own.until, tile.dvalue, tile.dvalue);
     multiply_lower_transposed(n, row_p, tile.scores, tile.dy, row_p, tile.dvalue, row_p, true, finite_dy);
 
     W from_start[kChunk], to_end[kChunk] = {}, dlog[kChunk];
     scale_rows(n, row_p, own.since, tile.dy, tile.scaled);
-    Ahead ahead;
-    if (head + 1 < heads) look_ahead<W>(chunk, head + 1, {&x, &dy, &gate}, ahead);
-    product<W>(n, row_n, row_p, {tile.scaled, row_p, 1}, start, row_n, tile.carried, row_n, false, ahead);
+    gemm<W, W>(n, row_n, row_p, {tile.scaled, row_p, 1}, {start, 1, row_p}, tile.carried, row_n, false);
     add_rows(n, row_n, tile.carried, tile.out, tile.dout, from_start);
     scale_rows(n, row_p, own.until, tile.value, tile.scaled);
-    product<W>(n, row_n, row_p, {tile.scaled, row_p, 1}, pull, row_n, tile.carried, row_n, false, ahead);
+    gemm<W, W>(n, row_n, row_p, {tile.scaled, row_p, 1}, {pull, 1, row_p}, tile.carried, row_n, false);
     add_rows(n, row_n, tile.carried, tile.in, tile.din, to_end);
     log_decay_gradient(n, tile.m, from_start, to_end, own.since[n - 1] * dot(state_elements(), start, pull), dlog);
 
@@ -392,10 +382,10 @@ template <class W> struct Ssd {
 
   // The gradient of z into tile.scaled: dy silu'(z) times the output before the gate, which is computed again.
   void backward_gate(const Chunk& chunk, int64_t head, const Source<W>& dy, const W* start, bool finite_value,
-                     Tiles& tile) const {
+                     Ahead& ahead, Tiles& tile) const {
     const int64_t n = chunk.length;
     W *y = tile.scaled, *plain_dy = tile.dvalue;
-    gemm<W, W>(n, row_p, size, {tile.out, row_n, 1}, {start, 1, row_n}, y, row_p, false);
+    product<W>(n, row_p, size, {tile.out, row_n, 1}, start, row_p, y, row_p, false, ahead);
     scale_rows(n, row_p, tile.steps->since, y, y);
     multiply_lower(n, row_p, tile.scores, tile.value, row_p, y, row_p, true, finite_value);
     if (dy.defined()) {
@@ -413,21 +403,23 @@ template <class W> struct Ssd {
   }
 };
 
-std::tuple<Tensor, Tensor> ssd(const Tensor& x, const Tensor& dt, const Tensor& a, const Tensor& b, const Tensor& c,
-                               const OptionalTensor& d, const OptionalTensor& z, const OptionalTensor& dt_bias,
-                               bool dt_softplus, const OptionalTensor& initial_state,
-                               const OptionalTensor& cu_seqlens) {
+std::tuple<Tensor, Tensor, Tensor> ssd(const Tensor& x, const Tensor& dt, const Tensor& a, const Tensor& b,
+                                       const Tensor& c, const OptionalTensor& d, const OptionalTensor& z,
+                                       const OptionalTensor& dt_bias, bool dt_softplus,
+                                       const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens,
+                                       bool keep) {
   check(x, dt, a, b, c, 4);
-  Tensor y, final_state;
+  Tensor y, final_state, kept;
   dispatch_wide(x.dtype(), [&](auto element) {
     using W = decltype(element);
     const Ssd<W> self(x, dt, a, b, c, d, z, dt_bias, dt_softplus, initial_state, cu_seqlens);
     Sink<W> out(x);
     final_state = empty({self.sequences.count(), self.heads, self.width, self.size}, dtype_of<W>());
-    self.forward(final_state.mutable_data<W>(), out);
+    kept = new_kept_states(x, self.sequences, self.heads * self.state_elements(), keep, dtype_of<W>());
+    self.forward(final_state.mutable_data<W>(), keep ? kept.mutable_data<W>() : nullptr, out);
     y = out.finish();
   });
-  return {std::move(y), std::move(final_state)};
+  return {std::move(y), std::move(final_state), std::move(kept)};
 }
 
 using NineTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -435,7 +427,7 @@ using NineTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, T
 NineTensors ssd_backward(const OptionalTensor& dy, const OptionalTensor& dfinal, const Tensor& x, const Tensor& dt,
                          const Tensor& a, const Tensor& b, const Tensor& c, const OptionalTensor& d,
                          const OptionalTensor& z, const OptionalTensor& dt_bias, bool dt_softplus,
-                         const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens) {
+                         const OptionalTensor& initial_state, const OptionalTensor& cu_seqlens, const Tensor& kept) {
   check(x, dt, a, b, c, 4);
   NineTensors result;
   dispatch_wide(x.dtype(), [&](auto element) {
@@ -443,13 +435,14 @@ NineTensors ssd_backward(const OptionalTensor& dy, const OptionalTensor& dfinal,
     constexpr DType kWide = dtype_of<W>();
     const Ssd<W> self(x, dt, a, b, c, d, z, dt_bias, dt_softplus, initial_state, cu_seqlens);
     const int64_t chunks = self.sequences.chunks(), heads = self.heads;
+    require(kept.numel() >= self.sequences.slots() * heads * self.state_elements(), kKept);
     Tensor ddt = empty(3, dt.sizes(), kWide), partial = empty({chunks, 3, heads}, kWide);
     Tensor dinitial = initial_state ? empty(4, initial_state.sizes(), kWide) : empty({0}, kWide);
     Tensor dfinal_wide;
     if (dfinal) dfinal_wide = cast(dfinal, kWide);
     typename Ssd<W>::Gradients to{Sink<W>(x), Sink<W>(b), Sink<W>(c), z ? Sink<W>(z) : Sink<W>(), ddt.mutable_data<W>(),
                                   partial.mutable_data<W>(), initial_state ? dinitial.mutable_data<W>() : nullptr};
-    self.backward(dy ? Source<W>(dy) : Source<W>(), dfinal ? dfinal_wide.template data<W>() : nullptr, to);
+    self.backward(kept.data<W>(), dy ? Source<W>(dy) : Source<W>(), dfinal ? dfinal_wide.template data<W>() : nullptr, to);
     Tensor sums = chunks > 0 ? empty({3, heads}, kWide) : zeros({3, heads}, kWide);
     if (chunks > 0) add_chunks<Vec<W>>(partial.data<W>(), chunks, 3 * heads, sums.mutable_data<W>());
     const auto parameter = [&](int64_t row, const Tensor& like) {
@@ -533,12 +526,12 @@ std::tuple<Tensor, Tensor> ssd_step(const Tensor& state_any, const Tensor& x_any
 
 STAR_OPERATOR(
     "ssd(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, "
-    "Tensor? initial_state, Tensor? cu_seqlens) -> (Tensor, Tensor)",
+    "Tensor? initial_state, Tensor? cu_seqlens, bool keep) -> (Tensor, Tensor, Tensor)",
     ssd);
 STAR_OPERATOR(
     "ssd_backward(Tensor? dy, Tensor? dfinal_state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, "
-    "Tensor? z, Tensor? dt_bias, bool dt_softplus, Tensor? initial_state, Tensor? cu_seqlens) -> (Tensor, Tensor, "
-    "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? z, Tensor? dt_bias, bool dt_softplus, Tensor? initial_state, Tensor? cu_seqlens, Tensor kept) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     ssd_backward);
 STAR_OPERATOR(
     "ssd_step(Tensor state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, "

@@ -49,6 +49,15 @@ template <class W> struct Memory {
   void end(const W* memory, int64_t s, int64_t head, W* states) const {
     copy_rows(keys, values, memory, row_v, states + (s * heads + head) * keys * values, values);
   }
+  // The memory at the start of chunk c, of those that the forward kept; the first is built in `first`.
+  const W* start(const W* kept, int64_t s, int64_t c, int64_t head, W* first) const {
+    if (c > 0) return kept_state(kept, sequences[s], c, heads, head, elements());
+    begin(initial_states(), s, head, first);
+    return first;
+  }
+  void keep(const W* memory, int64_t s, int64_t c, int64_t head, W* kept) const {
+    if (kept != nullptr && c > 0) copy(elements(), memory, kept_state(kept, sequences[s], c, heads, head, elements()));
+  }
   const W* initial_states() const { return initial ? initial.data<W>() : nullptr; }
 };
 

@@ -14,6 +14,7 @@ template <class T> struct Forward {
   const Wide<T>* taps;                        // panels of W + 1 rows
   Wide<T>* past;                              // panels of W - 1 rows
   int64_t channels;
+  bool stream;
 
   // To the next token.
   template <Kind kind> void next() {
@@ -46,7 +47,7 @@ template <class T, Kind kind, class L> inline Vec<T> input(const Forward<T>& p, 
 template <class T, Kind kind, class L> inline void output(const Forward<T>& p, L lanes, Vec<T> sum) {
   if constexpr (kind == Kind::kSilu) sum = silu(sum);
   if constexpr (kind == Kind::kGated) sum = sum * Vec<T>::load(p.gate_out, lanes);
-  sum.store(p.y, lanes);
+  put(sum, p.y, lanes, p.stream);
 }
 
 // kTile tokens of the whole vectors of channels.
@@ -136,7 +137,8 @@ void convolve(const Streams& in, const Tensor& filter, int64_t history, const Te
   const Plane<T> out(y);
   const W *taps = filter.data<W>(), *initial = state ? state.data<W>() : nullptr;
   W* final_data = final_state.mutable_data<W>();
-  const int64_t cost = in.x.size(0) * in.x.size(1) * channels / (num_tasks > 0 ? num_tasks : 1);
+  const int64_t cost = in.x.numel() / (num_tasks > 0 ? num_tasks : 1);
+  const bool stream = stream_rows(y, kind == Kind::kGated ? 4 : 2);
   parallel_for(num_tasks, grain_rows(cost), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const Segment& segment = segments[static_cast<size_t>(task / blocks)];
@@ -152,10 +154,12 @@ void convolve(const Streams& in, const Tensor& filter, int64_t history, const Te
       const int64_t b = segment.batch, t = segment.begin;
       forward_run<T, kind>(
           {x.at(b, t, channel), gate_in.at(b, t, channel), gate_out.at(b, t, channel), out.at(b, t, channel), x.token,
-           gate_in.token, gate_out.token, out.token, taps + channel * (history + 2), past, width},
+           gate_in.token, gate_out.token, out.token, taps + channel * (history + 2), past, width,
+           stream},
           history + 1, segment.end - segment.begin);
       if (segment.end == segment.stop) from_panels<V>(past, history, history, width, final_data + state_offset);
     }
+    finish_streaming(stream);
   });
 }
 

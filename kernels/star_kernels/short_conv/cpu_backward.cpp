@@ -9,16 +9,33 @@
 // Tokens are taken a whole row at a time, not kTile at a time as in the forward: up to seven streams are read and
 // written here, and with kTile rows of each the processor's prefetchers lose track (4 read and 3 written, 28 MB: 16 GB/s
 // against 40 row by row, Zen 4). Only the taps' gradients are summed kTile rows at a time, from rows still in cache.
+// Tokens whose W - 1 before lie in the segment too, nearly all, take one loop (`interior_rows`); the others take a loop
+// for each half, and the same operations in the same order.
 #include "short_conv/conv.h"
 
 namespace star {
 namespace {
 
-// One token of a block of channels. Passed by value, as Forward.
+// One token of a block of channels, and the token W - 1 before it, whose input's gradient it completes.
 template <class T> struct Row {
   const T *dy, *x, *gate_in, *gate_out;
-  T *dx, *dgate_in, *dgate_out;
-  int64_t channels;
+  T* dgate_out;
+  const T *past_x, *past_gate_in;
+  T *dx, *dgate_in;
+};
+
+// The tensors along time of one call.
+template <class T> struct Planes {
+  Plane<const T> dy, x, gate_in, gate_out;
+  Plane<T> dx, dgate_in, dgate_out;
+
+  Row<T> row(int64_t b, int64_t t, int64_t past, int64_t channel) const {
+    return {dy.at(b, t, channel),        x.at(b, t, channel),
+            gate_in.at(b, t, channel),   gate_out.at(b, t, channel),
+            dgate_out.at(b, t, channel), x.at(b, t - past, channel),
+            gate_in.at(b, t - past, channel), dx.at(b, t - past, channel),
+            dgate_in.at(b, t - past, channel)};
+  }
 };
 
 // The last tokens' rows of u or g, oldest first: W - 1 of the past, then up to kTile new ones. A row lies in memory of
@@ -48,102 +65,139 @@ template <class W> struct History {
   }
 };
 
-// u and g of one token. `u` points to the rows of W tokens, of which the last is written here, or was there already:
-// for float and double without a gate x itself is u, and without an activation dy itself is g.
+// Whether u and g need rows of their own: for float and double without a gate x itself is u, and without an activation
+// dy itself is g.
 template <class T, Kind kind> constexpr bool kOwnInput = kind == Kind::kGated || sizeof(T) != sizeof(Wide<T>);
 template <class T, Kind kind> constexpr bool kOwnOutput = kind != Kind::kPlain || sizeof(T) != sizeof(Wide<T>);
 
-template <class T, Kind kind, int kTaps>
-void output_row(Row<T> p, int64_t num_taps, const Wide<T>* taps, const Wide<T>* const* past, Wide<T>* new_u,
-                Wide<T>* new_g, bool own) {
+template <class T, Kind kind, class L> inline Vec<T> load_input(const Row<T>& p, int64_t i, L lanes, Wide<T>* new_u) {
   using V = Vec<T>;
-  const int64_t count = kTaps > 0 ? kTaps : num_taps;
-  const Wide<T>* u[kTaps > 0 ? kTaps : 1];
-  STAR_UNROLL for (int w = 0; w < kTaps - 1; ++w) u[w] = past[w];
-  sweep<V>(p.channels, [=](int64_t i, auto lanes) {
-    V input = V::load(p.x + i, lanes);
-    if constexpr (kind == Kind::kGated) input = input * V::load(p.gate_in + i, lanes);
-    if constexpr (kOwnInput<T, kind>) input.store(new_u + i, lanes);
-    V g = V::load(p.dy + i, lanes);
-    if constexpr (kind != Kind::kPlain) {
-      const Wide<T>* panel = taps + i * (count + 1);
-      V z = V::load(panel + count * V::N);
-      if constexpr (kTaps > 0) {
-        STAR_UNROLL for (int w = 0; w < kTaps - 1; ++w) z = fma(V::load(panel + w * V::N), V::load(u[w] + i, lanes), z);
-      } else {
-        for (int64_t w = 0; w < count - 1; ++w) z = fma(V::load(panel + w * V::N), V::load(past[w] + i, lanes), z);
-      }
-      z = fma(V::load(panel + (count - 1) * V::N), input, z);
-      if constexpr (kind == Kind::kSilu) {
-        const V s = sigmoid(z);
-        g = g * (s * fma(z, V(1) - s, V(1)));
-      } else {
-        if (own) (g * z).store(p.dgate_out + i, lanes);
-        g = g * V::load(p.gate_out + i, lanes);
-      }
-    }
-    if constexpr (kOwnOutput<T, kind>) g.store(new_g + i, lanes);
-  });
+  V input = V::load(p.x + i, lanes);
+  if constexpr (kind == Kind::kGated) input = input * V::load(p.gate_in + i, lanes);
+  if constexpr (kOwnInput<T, kind>) input.store(new_u + i, lanes);
+  return input;
 }
 
-// du of a token from the rows of g of the W tokens it reaches, its own first.
-template <class V, int kTaps, class L, class W = typename V::Scalar>
-inline V input_gradient(int64_t num_taps, const W* panel, const W* const* g, int64_t i, L lanes) {
-  const int64_t count = kTaps > 0 ? kTaps : num_taps;
-  V du = V::load(panel) * V::load(g[count - 1] + i, lanes);
-  if constexpr (kTaps > 0) {
-    STAR_UNROLL for (int w = 1; w < kTaps; ++w) {
-      du = fma(V::load(panel + w * V::N), V::load(g[kTaps - 1 - w] + i, lanes), du);
-    }
-  } else {
-    for (int64_t w = 1; w < count; ++w) {
-      du = fma(V::load(panel + w * V::N), V::load(g[count - 1 - w] + i, lanes), du);
-    }
+// g from z, and the outer gate's gradient for tokens that are the segment's own.
+template <class T, Kind kind, class L>
+inline Vec<T> load_output(const Row<T>& p, int64_t i, L lanes, Vec<T> z, Wide<T>* new_g, bool own, bool stream) {
+  using V = Vec<T>;
+  V g = V::load(p.dy + i, lanes);
+  if constexpr (kind == Kind::kSilu) {
+    const V s = sigmoid(z);
+    g = g * (s * fma(z, V(1) - s, V(1)));
   }
-  return du;
+  if constexpr (kind == Kind::kGated) {
+    if (own) put(g * z, p.dgate_out + i, lanes, stream);
+    g = g * V::load(p.gate_out + i, lanes);
+  }
+  if constexpr (kOwnOutput<T, kind>) g.store(new_g + i, lanes);
+  return g;
 }
 
-template <class T, Kind kind, class L> inline void finish_input(const Row<T>& p, int64_t i, L lanes, Vec<T> du) {
+template <class T, Kind kind, class L>
+inline void store_input(const Row<T>& p, int64_t i, L lanes, Vec<T> du, bool stream) {
   using V = Vec<T>;
   if constexpr (kind == Kind::kGated) {
-    (du * V::load(p.x + i, lanes)).store(p.dgate_in + i, lanes);
-    du = du * V::load(p.gate_in + i, lanes);
+    put(du * V::load(p.past_x + i, lanes), p.dgate_in + i, lanes, stream);
+    du = du * V::load(p.past_gate_in + i, lanes);
   }
-  du.store(p.dx + i, lanes);
+  put(du, p.dx + i, lanes, stream);
 }
 
+// What one task works on.
+template <class T> struct Block {
+  int64_t batch, channel, channels, num_taps;
+  const Wide<T>* taps;  // panels of W + 1 rows
+  bool stream;
+};
+
+// `count` tokens from t on, all of the segment, and W - 1 or more past its begin; `first`: the place of t in the tile.
 template <class T, Kind kind, int kTaps>
-void input_row(Row<T> p, int64_t num_taps, const Wide<T>* taps, const Wide<T>* const* rows) {
+void interior_rows(const Planes<T>& planes, const Block<T>& block, int64_t t, int64_t count, int64_t first,
+                   History<Wide<T>>& u, History<Wide<T>>& g) {
   using V = Vec<T>;
-  const int64_t count = kTaps > 0 ? kTaps : num_taps;
-  const Wide<T>* g[kTaps > 0 ? kTaps : 1];
-  STAR_UNROLL for (int w = 0; w < kTaps; ++w) g[w] = rows[w];
-  sweep<V>(p.channels, [=](int64_t i, auto lanes) {
-    const V du =
-        input_gradient<V, kTaps>(num_taps, taps + i * (count + 1), kTaps > 0 ? g : rows, i, lanes);
-    finish_input<T, kind>(p, i, lanes, du);
+  constexpr int kPast = kTaps - 1;
+  const Wide<T>* taps = block.taps;
+  const bool stream = block.stream;
+  for (int64_t r = first; r < first + count; ++r, ++t) {
+    const Row<T> p = planes.row(block.batch, t, kPast, block.channel);
+    Wide<T>*new_u = u.slots[kPast + r], *new_g = g.slots[kPast + r];
+    const Wide<T>*past_u[kTaps], *past_g[kTaps];
+    STAR_UNROLL for (int w = 0; w < kPast; ++w) past_u[w] = u.rows[r + w], past_g[w] = g.rows[r + w];
+    u.rows[kPast + r] = new_u;
+    g.rows[kPast + r] = new_g;
+    if constexpr (!kOwnInput<T, kind>) u.rows[kPast + r] = p.x;
+    if constexpr (!kOwnOutput<T, kind>) g.rows[kPast + r] = p.dy;
+    sweep<V>(block.channels, [=](int64_t i, auto lanes) {
+      const Wide<T>* panel = taps + i * (kTaps + 1);
+      V tap[kTaps];
+      STAR_UNROLL for (int w = 0; w < kTaps; ++w) tap[w] = V::load(panel + w * V::N);
+      V z(0);
+      if constexpr (kind != Kind::kPlain || kOwnInput<T, kind>) {
+        const V input = load_input<T, kind>(p, i, lanes, new_u);
+        if constexpr (kind != Kind::kPlain) {
+          z = V::load(panel + kTaps * V::N);
+          STAR_UNROLL for (int w = 0; w < kPast; ++w) z = fma(tap[w], V::load(past_u[w] + i, lanes), z);
+          z = fma(tap[kPast], input, z);
+        }
+      }
+      V du = load_output<T, kind>(p, i, lanes, z, new_g, true, stream);
+      du = tap[0] * du;
+      STAR_UNROLL for (int w = 1; w < kTaps; ++w) du = fma(tap[w], V::load(past_g[kPast - w] + i, lanes), du);
+      store_input<T, kind>(p, i, lanes, du, stream);
+    });
+  }
+}
+
+// u and g of one token; the first half of `interior_rows`, for any number of taps.
+template <class T, Kind kind>
+void output_row(const Row<T>& p, const Block<T>& block, int64_t r, History<Wide<T>>& u, History<Wide<T>>& g,
+                bool own) {
+  using V = Vec<T>;
+  const int64_t past = block.num_taps - 1;
+  Wide<T>*new_u = u.slots[past + r], *new_g = g.slots[past + r];
+  const Wide<T>* const* rows = u.rows + r;
+  u.rows[past + r] = new_u;
+  g.rows[past + r] = new_g;
+  if constexpr (!kOwnInput<T, kind>) u.rows[past + r] = p.x;
+  if constexpr (!kOwnOutput<T, kind>) g.rows[past + r] = p.dy;
+  if constexpr (!kOwnInput<T, kind> && !kOwnOutput<T, kind>) return;
+  sweep<V>(block.channels, [&](int64_t i, auto lanes) {
+    const Wide<T>* panel = block.taps + i * (past + 2);
+    const V input = load_input<T, kind>(p, i, lanes, new_u);
+    V z = V::load(panel + (past + 1) * V::N);
+    if constexpr (kind != Kind::kPlain) {
+      for (int64_t w = 0; w < past; ++w) z = fma(V::load(panel + w * V::N), V::load(rows[w] + i, lanes), z);
+      z = fma(V::load(panel + past * V::N), input, z);
+    }
+    load_output<T, kind>(p, i, lanes, z, new_g, own, block.stream);
   });
 }
 
-// The same at a sequence's ends: `dfinal`, if there is one, is added, and before the first token du belongs to the
-// initial state. Both are states, W - 1 apart from channel to channel.
+// The second half, from the rows of g of W tokens. At a sequence's ends `dfinal`, if there is one, is added, and before
+// the first token du belongs to the initial state. Both are states, W - 1 apart from channel to channel, or nullptr.
 template <class T, Kind kind>
-void edge_row(Row<T> p, int64_t num_taps, const Wide<T>* taps, const Wide<T>* const* g, Wide<T>* dstate,
-              const Wide<T>* dfinal) {
+void input_row(const Row<T>& p, const Block<T>& block, const Wide<T>* const* g, Wide<T>* dstate,
+               const Wide<T>* dfinal) {
   using V = Vec<T>;
-  const int64_t step = num_taps - 1;
-  sweep<V>(p.channels, [&](int64_t i, auto lanes) {
-    V du = input_gradient<V, 0>(num_taps, taps + i * (num_taps + 1), g, i, lanes);
+  const int64_t past = block.num_taps - 1;
+  sweep<V>(block.channels, [&](int64_t i, auto lanes) {
+    const Wide<T>* panel = block.taps + i * (past + 2);
+    V du = V::load(panel) * V::load(g[past] + i, lanes);
+    for (int64_t w = 1; w <= past; ++w) {
+      du = fma(V::load(panel + w * V::N), V::load(g[past - w] + i, lanes), du);
+    }
     int64_t count = V::N;
     if constexpr (!decltype(lanes)::kFull) count = lanes.count;
     Wide<T> part[V::N];
     if (dfinal != nullptr) {
-      for (int64_t c = 0; c < count; ++c) part[c] = dfinal[(i + c) * step];
+      for (int64_t c = 0; c < count; ++c) part[c] = dfinal[(i + c) * past];
       du = du + V::load(part, lanes);
     }
-    if (dstate == nullptr) return finish_input<T, kind>(p, i, lanes, du);
+    if (dstate == nullptr) return store_input<T, kind>(p, i, lanes, du, block.stream);
     du.store(part, lanes);
-    for (int64_t c = 0; c < count; ++c) dstate[(i + c) * step] = part[c];
+    for (int64_t c = 0; c < count; ++c) dstate[(i + c) * past] = part[c];
   });
 }
 
@@ -178,91 +232,69 @@ void sum_taps(int64_t num_taps, int64_t count, int64_t channels, const W* const*
   });
 }
 
-// The loops for W taps: unrolled up to 7 and general above, as for float64, which is not tuned.
+// The unrolled loops for W taps; `interior` is nullptr where there is only the general form: for W > 7, and for float64,
+// which is not tuned.
 template <class T, Kind kind> struct Loops {
-  decltype(&output_row<T, kind, 0>) output;
-  decltype(&input_row<T, kind, 0>) input;
-  decltype(&sum_taps<Vec<T>, 0>) sum;
+  decltype(&interior_rows<T, kind, 1>) interior = nullptr;
+  decltype(&sum_taps<Vec<T>, 0>) sum = sum_taps<Vec<T>, 0>;
 
-  template <int kTaps> static Loops of() {
-    return {output_row<T, kind, kTaps>, input_row<T, kind, kTaps>, sum_taps<Vec<T>, kTaps>};
+  template <int kTaps> void take() {
+    interior = interior_rows<T, kind, kTaps>;
+    sum = sum_taps<Vec<T>, kTaps>;
   }
-  explicit Loops(int64_t taps) : Loops(of<0>()) {
+  explicit Loops(int64_t taps) {
     if constexpr (!std::is_same_v<T, double>) {
       switch (taps) {
-        case 1: *this = of<1>(); break;
-        case 2: *this = of<2>(); break;
-        case 3: *this = of<3>(); break;
-        case 4: *this = of<4>(); break;
-        case 5: *this = of<5>(); break;
-        case 6: *this = of<6>(); break;
-        case 7: *this = of<7>(); break;
+        case 1: take<1>(); break;
+        case 2: take<2>(); break;
+        case 3: take<3>(); break;
+        case 4: take<4>(); break;
+        case 5: take<5>(); break;
+        case 6: take<6>(); break;
+        case 7: take<7>(); break;
         default: break;
       }
     }
   }
-
- private:
-  Loops(decltype(output) o, decltype(input) i, decltype(sum) s) : output(o), input(i), sum(s) {}
 };
 
-// The tensors along time of one call.
-template <class T> struct Planes {
-  Plane<const T> dy, x, gate_in, gate_out;
-  Plane<T> dx, dgate_in, dgate_out;
-
-  Row<T> row(const Segment& segment, int64_t t, int64_t channel, int64_t channels) const {
-    const int64_t b = segment.batch;
-    return {dy.at(b, t, channel),       x.at(b, t, channel),  gate_in.at(b, t, channel),
-            gate_out.at(b, t, channel), dx.at(b, t, channel), dgate_in.at(b, t, channel),
-            dgate_out.at(b, t, channel), channels};
-  }
-};
-
-// One segment of one block of channels. `dstate` and `dfinal` are the states (channels, W - 1) of its sequence from
-// `channel` on; `dtaps` panels of W + 1 rows.
+// One segment of one block of channels. `dstate` and `dfinal` are the states (channels, W - 1) of its sequence from the
+// block's first channel on; `dtaps` panels of W + 1 rows.
 template <class T, Kind kind>
-void backward_segment(const Planes<T>& planes, const Segment& segment, int64_t num_taps, const Wide<T>* taps,
-                      int64_t channel, int64_t channels, History<Wide<T>>& u, History<Wide<T>>& g, Wide<T>* dstate,
-                      const Wide<T>* dfinal, Wide<T>* dtaps) {
-  const int64_t past = num_taps - 1;
-  const Loops<T, kind> loops(num_taps);
-  const auto zero = [channels](Wide<T>* row) {
-    fill_zeros(row, channels * static_cast<int64_t>(sizeof(Wide<T>)));
-    return row;
+void backward_segment(const Planes<T>& planes, const Block<T>& block, const Segment& segment, History<Wide<T>>& u,
+                      History<Wide<T>>& g, Wide<T>* dstate, const Wide<T>* dfinal, Wide<T>* dtaps) {
+  const int64_t past = block.num_taps - 1, row_bytes = block.channels * static_cast<int64_t>(sizeof(Wide<T>));
+  const Loops<T, kind> loops(block.num_taps);
+  const auto one = [&](int64_t t, int64_t r) {
+    const int64_t before = t - past;
+    const Row<T> p = planes.row(segment.batch, t, past, block.channel);
+    if (t < segment.stop) {
+      output_row<T, kind>(p, block, r, u, g, t < segment.end);
+    } else {
+      u.rows[past + r] = u.slots[past + r];
+      g.rows[past + r] = g.slots[past + r];
+      fill_zeros(g.slots[past + r], row_bytes);
+    }
+    const bool to_state = segment.begin == segment.start && before < segment.start;
+    if (before < segment.begin && !to_state) return;
+    input_row<T, kind>(p, block, g.rows + r, to_state ? dstate + (t - segment.start) : nullptr,
+                       t >= segment.stop && dfinal != nullptr ? dfinal + (t - segment.stop) : nullptr);
   };
   g.restart();
-  for (int64_t w = 0; w < past; ++w) zero(g.slots[w]);
+  for (int64_t w = 0; w < past; ++w) fill_zeros(g.slots[w], row_bytes);
   for (int64_t t = segment.begin; t < segment.end + past; t += kTile) {
     const int64_t left = segment.end + past - t, count = left < kTile ? left : kTile;
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t now = t + r, before = now - past;
-      if (now < segment.stop) {
-        const Row<T> p = planes.row(segment, now, channel, channels);
-        u.rows[past + r] = u.slots[past + r];
-        g.rows[past + r] = g.slots[past + r];
-        if constexpr (!kOwnInput<T, kind>) u.rows[past + r] = p.x;
-        if constexpr (!kOwnOutput<T, kind>) g.rows[past + r] = p.dy;
-        if constexpr (kOwnInput<T, kind> || kOwnOutput<T, kind>) {
-          loops.output(p, num_taps, taps, u.rows + r, u.slots[past + r], g.slots[past + r], now < segment.end);
-        }
-      } else {
-        u.rows[past + r] = u.slots[past + r];
-        g.rows[past + r] = zero(g.slots[past + r]);
-      }
-      const bool inside = before >= segment.begin;
-      const bool to_state = segment.begin == segment.start && before < segment.start;
-      const bool from_state = now >= segment.stop && dfinal != nullptr;
-      if (to_state || (inside && from_state)) {
-        edge_row<T, kind>(inside ? planes.row(segment, before, channel, channels) : Row<T>{{}, {}, {}, {}, {}, {}, {}, channels},
-                          num_taps, taps, g.rows + r, to_state ? dstate + (now - segment.start) : nullptr,
-                          from_state ? dfinal + (now - segment.stop) : nullptr);
-      } else if (inside) {
-        loops.input(planes.row(segment, before, channel, channels), num_taps, taps, g.rows + r);
-      }
-    }
+    // Tokens of the segment, of which the first few may reach back before its begin.
     const int64_t own = segment.end - t < count ? segment.end - t : count;
-    if (own > 0) loops.sum(num_taps, own, channels, u.rows, g.rows + past, dtaps);
+    const int64_t reach = segment.begin + past - t, head = reach < 0 ? 0 : (reach < own ? reach : own);
+    int64_t r = 0;
+    if (loops.interior != nullptr && own > head) {
+      for (; r < head; ++r) one(t + r, r);
+      loops.interior(planes, block, t + r, own - r, r, u, g);
+      r = own;
+    }
+    for (; r < count; ++r) one(t + r, r);
+    if (own > 0) loops.sum(block.num_taps, own, block.channels, u.rows, g.rows + past, dtaps);
     u.drop(count);
     g.drop(count);
   }
@@ -290,7 +322,10 @@ void convolve_backward(const Tensor& dy, const Tensor& dfinal_tensor, const Stre
   Tensor partial = zeros({chunks.count, (num_taps + 1) * padded<V>(channels)}, dtype_of<W>());
   W* partial_data = partial.mutable_data<W>();
   const int64_t num_tasks = chunks.count * blocks;
-  const int64_t cost = 2 * in.x.size(0) * in.x.size(1) * channels / (num_tasks > 0 ? num_tasks : 1);
+  const bool stream = kind == Kind::kGated
+                          ? stream_rows(out.dx, 7) && on_line(out.dgate_in.raw()) && on_line(out.dgate_out.raw())
+                          : stream_rows(out.dx, 3);
+  const int64_t cost = 2 * in.x.numel() / (num_tasks > 0 ? num_tasks : 1);
   parallel_for(num_tasks, grain_rows(cost), [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t chunk = task / blocks, channel = task % blocks * kBlockChannels;
@@ -310,14 +345,16 @@ void convolve_backward(const Tensor& dy, const Tensor& dfinal_tensor, const Stre
                         [row](int64_t i, V value, auto lanes) { value.store(row + i, lanes); });
         }
         fill_zeros(sums, numbers * static_cast<int64_t>(sizeof(W)));
-        backward_segment<T, kind>(planes, segment, num_taps, taps + channel * (num_taps + 1), channel, width, u, g,
-                                  dstate + offset, dfinal == nullptr ? nullptr : dfinal + offset, sums);
+        const Block<T> block{segment.batch, channel, width, num_taps, taps + channel * (num_taps + 1), stream};
+        backward_segment<T, kind>(planes, block, segment, u, g, dstate + offset,
+                                  dfinal == nullptr ? nullptr : dfinal + offset, sums);
         W* to = partial_data + (chunk * padded<V>(channels) + channel) * (num_taps + 1);
         sweep<V>(numbers, [=](int64_t i, auto lanes) {
           (V::load(to + i, lanes) + V::load(sums + i, lanes)).store(to + i, lanes);
         });
       }
     }
+    finish_streaming(stream);
   });
   add_chunks<V>(partial_data, chunks.count, (num_taps + 1) * padded<V>(channels), dtaps.mutable_data<W>());
 }

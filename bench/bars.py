@@ -75,6 +75,10 @@ def percent_of(ceiling: str) -> Callable[[Providers], float | None]:
     return lambda rows: rows[STAR].percents.get(ceiling)
 
 
+def _percent_of_binding(rows: Providers) -> float | None:
+    return rows[STAR].percent_of_ceiling
+
+
 def _time_of_eager(rows: Providers) -> float | None:
     return 1 / rows["eager"].ratio if "eager" in rows else None
 
@@ -118,8 +122,9 @@ BARS: tuple[Bar, ...] = (
     Bar(_UNITS, "torch.compile", faster_than("compile"), 1.0),
     Bar(_UNITS, "70 % of copy bandwidth", percent_of("copy"), 70.0, unit="%"),
     Bar(_SCANS, "20 x the token-by-token loop", faster_than("loop"), 20.0),
-    Bar(_SCANS, "5 x the best vectorised torch form", faster_than("eager", "unbound", "compile"), 5.0),
-    Bar(_SCANS, "40 % of exp + FMA throughput", percent_of("exp+fma"), 40.0, unit="%"),
+    Bar(_SCANS, "5 x the best vectorised torch form", faster_than("eager", "unbound", "compile", "reference"), 5.0),
+    # The plain scan has no exponential and two multiply-adds for 20 bytes: memory binds it, not exp + FMA.
+    Bar(_SCANS, "40 % of the ceiling that binds", _percent_of_binding, 40.0, unit="%"),
     Bar(_CHUNKED, "5 x the chunked torch form", faster_than("eager", "compile", "reference"), 5.0),
     Bar(_CHUNKED, "50 % of matrix throughput at T = 2048", percent_of("matmul"), 50.0, unit="%", where={"T": 2048}),
     Bar(("attention",), "1.2 x SDPA", faster_than("sdpa"), 1.2, where=_FULL_MAP),

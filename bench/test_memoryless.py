@@ -12,7 +12,7 @@ CASES = (
         "swiglu",
         "B8 T128 D128 quick",
         "B3 T63 D130",
-        "B8 T512 D512 bar",
+        "B8 T512 D512 bar compiled",
         "B8 T512 D1024 bar quick compiled",
         "B8 T512 D2048",
         "B8 T512 D2048 bfloat16",

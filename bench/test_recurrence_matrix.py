@@ -12,7 +12,7 @@ CASES = (
         "B2 T129 H6 P60 N20 G2",
         "B8 T512 H8 P64 N64",
         "B1 T2048 H8 P64 N64 bar quick compiled",
-        "B1 T2048 H16 P64 N128 bar",
+        "B1 T2048 H16 P64 N128 bar compiled",
         "B1 T2048 H16 P64 N128 bfloat16",
     ),
     *cases(

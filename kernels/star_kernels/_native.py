@@ -180,7 +180,7 @@ def native_operator(
     # The overload's own call is one more Python frame (0.2 us).
     raw: Function = overloads.raw._op
     torch.library.register_fake(qualified, fake, lib=_registry)
-    torch.library.register_fake(f"{qualified}.raw", fake, lib=_registry)
+    torch.library.register_fake(f"{qualified}.raw", _on_one_device(name, fake), lib=_registry)
     setup_context = setup_context or _save_nothing
     backward = backward or _refuse_gradient(name)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=_registry)
@@ -226,6 +226,18 @@ def _autograd_functions(
     return fast.apply, transformable.apply
 
 
+def _on_one_device(name: str, fake: Function) -> Function:
+    """Let a fake refuse tensors of several devices: one on "meta" among real ones would make the whole result empty."""
+
+    def checked(*args: Any) -> Any:
+        devices = {one.device for one in args if isinstance(one, torch.Tensor)}
+        if len(devices) > 1:
+            raise ValueError(f"{name} got tensors on {', '.join(sorted(map(str, devices)))}, needs them on one device")
+        return fake(*args)
+
+    return checked
+
+
 def _save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
     """Stand in for the context of an operator without a gradient."""
 
@@ -237,15 +249,16 @@ def _refuse_gradient(name: str) -> Function:
     return backward
 
 
-def serve(operator: str, function: Function, dtypes: Iterable[torch.dtype] = DTYPES) -> None:
+def serve(operator: str, function: Function, dtypes: Iterable[torch.dtype] = DTYPES, *, checks: bool = False) -> None:
     """Let the dispatcher serve a public operator's CPU calls with `function`, which takes what its reference takes.
 
     Args:
         operator: The public operator's name.
         function: What serves it.
         dtypes: The first tensor's dtypes that it takes.
+        checks: Whether it refuses by itself whatever the operator's check refuses, as `dispatch.register` says.
     """
-    dispatch.register(operator, BACKEND, lambda: function, device_types=("cpu",), dtypes=dtypes)
+    dispatch.register(operator, BACKEND, lambda: function, device_types=("cpu",), dtypes=dtypes, checks=checks)
 
 
 def _register_folders(loaded: ctypes.CDLL) -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -51,6 +52,7 @@ class Implementation:
     device_types: frozenset[str]
     dtypes: frozenset[torch.dtype]
     load: Callable[[], Function]
+    checks: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,15 +75,36 @@ class Operator:
     Args:
         name: The public function's name.
         reference: The definition in plain torch, which serves any device and floating dtype.
+        check: Takes what `reference` takes and raises for what does not fit, for operators that are called with `run`.
     """
 
-    __slots__ = ("_reference", "_served", "name")
+    __slots__ = ("_check", "_checking", "_reference", "_served", "name")
 
-    def __init__(self, name: str, reference: Function) -> None:
+    def __init__(self, name: str, reference: Function, check: Function | None = None) -> None:
         self.name = name
         self._reference = reference
+        self._check = check or _nothing_to_check
         self._served: dict[tuple[str, torch.dtype, str | None], tuple[str, Function]] = {}
+        self._checking: dict[tuple[torch.dtype, str | None], Function] = {}
         _operators[name] = self
+
+    def run(self, first: Tensor, backend: str | None, *args: Any) -> Any:
+        """Check the arguments and serve the call; `first` is the tensor whose device and dtype decide.
+
+        Compiled operators that check their arguments themselves are called at once, and `check` finds words for what
+        they refuse: to check first takes 3 of the 7 us that a decoding step of 16 channels took.
+        """
+        if not torch.compiler.is_compiling():
+            key = (getattr(first, "dtype", None), _preferred if backend is None else backend)
+            function = self._checking.get(key)  # type: ignore[arg-type]
+            if function is not None and first.is_cpu:
+                try:
+                    return function(*args)
+                except Exception:
+                    self._check(*args)
+                    raise
+        self._check(*args)
+        return self.serve(first, backend)(*args)
 
     def serve(self, tensor: Tensor, backend: str | None) -> Function:
         """Return the function that serves a call whose first tensor is `tensor`; `backend` is honoured or refused."""
@@ -99,23 +122,31 @@ class Operator:
         key = (device_type, dtype, backend)
         if key not in self._served:
             discover()
-            self._served[key] = self._choose(device_type, dtype, backend)
+            chosen = self._choose(device_type, dtype, backend)
+            if chosen is None:
+                self._served[key] = REFERENCE, _without_autocast(self._reference)
+            else:
+                self._served[key] = chosen.backend, chosen.load()
+                if chosen.checks and device_type == "cpu":
+                    self._checking[dtype, backend] = self._served[key][1]
         return self._served[key]
 
     def forget(self) -> None:
         """Drop what was resolved, so that a new registration is seen."""
         self._served.clear()
+        self._checking.clear()
 
-    def _choose(self, device_type: str, dtype: torch.dtype, backend: str | None) -> tuple[str, Function]:
+    def _choose(self, device_type: str, dtype: torch.dtype, backend: str | None) -> Implementation | None:
+        """Return who serves; None for the reference."""
         if backend is None:
             for candidate in _implementations.get(self.name, ()):
                 usable = _backends[candidate.backend].unavailable is None
                 if usable and device_type in candidate.device_types and dtype in candidate.dtypes:
-                    return candidate.backend, candidate.load()
+                    return candidate
             self._warn_of_reference(device_type, dtype)
         elif backend != REFERENCE:
-            return backend, self._requested(device_type, dtype, backend).load()
-        return REFERENCE, _without_autocast(self._reference)
+            return self._requested(device_type, dtype, backend)
+        return None
 
     def _requested(self, device_type: str, dtype: torch.dtype, backend: str) -> Implementation:
         if backend not in _backends:
@@ -146,8 +177,23 @@ class Operator:
             warnings.warn(
                 f"star_kernels.{self.name} is served by reference on {device_type} for {dtype} ({reasons})",
                 RuntimeWarning,
-                stacklevel=7,
+                stacklevel=_callers_level(),
             )
+
+
+def _callers_level() -> int:
+    """Return the stacklevel, for a warning of this function's caller, of the first frame outside this package."""
+    level, frame = 0, sys._getframe(1)
+    while frame is not None:
+        level += 1
+        if not frame.f_globals.get("__name__", "").startswith("star_kernels"):
+            break
+        frame = frame.f_back  # type: ignore[assignment]
+    return level
+
+
+def _nothing_to_check(*args: Any) -> None:
+    """Stand in for the check of an operator whose public function checks for itself."""
 
 
 def _resolve(operator: str, device_type: str, dtype: torch.dtype, backend: str | None) -> str:
@@ -191,6 +237,7 @@ def register(
     *,
     device_types: Iterable[str],
     dtypes: Iterable[torch.dtype],
+    checks: bool = False,
 ) -> None:
     """Add a declared backend's implementation of an operator, preferred after those registered before it.
 
@@ -200,6 +247,8 @@ def register(
         load: Called without arguments on first use; returns the implementation.
         device_types: Device types of the first tensor that it serves.
         dtypes: Dtypes of the first tensor that it serves.
+        checks: Whether it refuses, with any exception and before it reads or writes a value, whatever the operator's
+            own check refuses; it is then called without that check.
 
     Raises:
         ValueError: the backend was not declared, or the operator does not exist.
@@ -208,7 +257,7 @@ def register(
         raise ValueError(f"backend {backend!r} is not declared; call declare_backend first")
     if operator not in _operators:
         raise ValueError(f"operator {operator!r} does not exist; it must be one of: {', '.join(sorted(_operators))}")
-    entry = Implementation(backend, frozenset(device_types), frozenset(dtypes), load)
+    entry = Implementation(backend, frozenset(device_types), frozenset(dtypes), load, checks)
     _implementations.setdefault(operator, []).append(entry)
     _operators[operator].forget()
 

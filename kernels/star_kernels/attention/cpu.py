@@ -151,12 +151,21 @@ def attention_step(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """Serve `star_kernels.attention_step`."""
-    lengths, held = (length, -1) if isinstance(length, Tensor) else (None, -1 if length is None else length)
+    """Serve `star_kernels.attention_step`, whose check finds the words for what is refused here."""
+    if isinstance(length, Tensor):
+        lengths, held = length, -1
+    elif length is None or length >= 0:
+        lengths, held = None, -1 if length is None else length
+    else:
+        raise ValueError("length needs to be at least 0")
+    if (window is not None and window < 1) or (softcap is not None and not softcap > 0):
+        raise ValueError("window or softcap is out of its range")
+    if sinks is not None and sinks.ndim != 1:
+        raise ValueError("sinks needs one axis")
     o: Tensor = _step(q, k, v, sinks, lengths, held, window or 0, _scale(scale, q.shape[2]), softcap or 0.0)
     return o
 
 
 serve("attention", attention)
 serve("differential_attention", differential_attention)
-serve("attention_step", attention_step)
+serve("attention_step", attention_step, checks=True)

@@ -11,7 +11,6 @@ from star_kernels.long_conv import reference
 __all__ = ["long_conv", "long_conv_step"]
 
 _long_conv = Operator("long_conv", reference.long_conv)
-_long_conv_step = Operator("long_conv_step", reference.long_conv_step)
 
 
 def long_conv(
@@ -87,6 +86,13 @@ def long_conv_step(
     Raises:
         ValueError: a shape, device or `backend` does not fit; TypeError: a dtype is unfit or differs from x.dtype.
     """
+    y, new_state = _long_conv_step.run(x, backend, state, x, filter, gate_in, gate_out, skip)
+    return y, new_state
+
+
+def _check_step(
+    state: Tensor, x: Tensor, filter: Tensor, gate_in: Tensor | None, gate_out: Tensor | None, skip: Tensor | None
+) -> None:
     check_first("x", x, 2, "(B, D)")
     _check_arguments(x, filter, gate_in, gate_out, skip, "(B, D)")
     check_first("state", state, 3, "(B, P, D)")
@@ -94,8 +100,6 @@ def long_conv_step(
     if held > reach:
         raise ValueError(f"state holds P == {held} tokens, needs at most L - 1 == {reach}")
     check_shape("state", state, (x.shape[0], held, x.shape[1]), "(B, P, D)", x)
-    y, new_state = _long_conv_step.serve(x, backend)(state, x, filter, gate_in, gate_out, skip)
-    return y, new_state
 
 
 def _check_arguments(
@@ -111,3 +115,6 @@ def _check_arguments(
             check_same_dtype(name, gate, "x", x)
     if skip is not None:
         check_shape("skip", skip, x.shape[-1:], "(D,)", x)
+
+
+_long_conv_step = Operator("long_conv_step", reference.long_conv_step, _check_step)

@@ -109,4 +109,5 @@ serve(
 serve(
     "long_conv_step",
     native_operator("long_conv_step", fake=_fake_step, setup_context=_save_inputs, backward=_step_gradient),
+    checks=True,
 )

@@ -31,7 +31,11 @@ template <class T> struct Unbox {
   }
 };
 template <> struct Unbox<Tensor> {
-  static Tensor from(StableValue value) { return Tensor(reinterpret_cast<TensorHandle>(value)); }
+  static Tensor from(StableValue value) {
+    Tensor argument(reinterpret_cast<TensorHandle>(value));
+    argument.become_argument();
+    return argument;
+  }
 };
 template <> struct Unbox<OptionalTensor> {
   static OptionalTensor from(StableValue value) {
@@ -43,7 +47,9 @@ template <> struct Unbox<OptionalTensor> {
     } else {
       delete boxed;
     }
-    return OptionalTensor(handle);
+    OptionalTensor argument(handle);
+    argument.become_argument();
+    return argument;
   }
 };
 

@@ -144,12 +144,32 @@ void Tensor::swap(Tensor& other) noexcept {
   std::swap(strides_, other.strides_);
   std::swap(dim_, other.dim_);
   std::swap(dtype_, other.dtype_);
+  std::swap(owner_, other.owner_);
+}
+
+TensorHandle Tensor::new_reference() const {
+  TensorHandle copy;
+  check_torch(shim.aoti_torch_new_tensor_handle(handle_, &copy), "aoti_torch_new_tensor_handle");
+  return copy;
 }
 
 Tensor Tensor::alias() const {
-  TensorHandle copy;
-  check_torch(shim.aoti_torch_new_tensor_handle(handle_, &copy), "aoti_torch_new_tensor_handle");
-  return Tensor(copy);
+  if (owner_ == Owner::kThis) return Tensor(new_reference());
+  Tensor borrowed;
+  borrowed.handle_ = handle_;
+  borrowed.data_ = data_;
+  borrowed.sizes_ = sizes_;
+  borrowed.strides_ = strides_;
+  borrowed.dim_ = dim_;
+  borrowed.dtype_ = dtype_;
+  borrowed.owner_ = Owner::kCaller;
+  return borrowed;
+}
+
+TensorHandle Tensor::release() {
+  TensorHandle handle = owner_ == Owner::kCaller ? new_reference() : handle_;
+  handle_ = nullptr;
+  return handle;
 }
 
 int64_t Tensor::element_size() const { return kElementSizes[static_cast<int>(dtype_)]; }
@@ -174,6 +194,14 @@ bool Tensor::same_shape(const Tensor& other) const {
   if (dim_ != other.dim_) return false;
   for (int64_t i = 0; i < dim_; ++i) {
     if (sizes_[i] != other.sizes_[i]) return false;
+  }
+  return true;
+}
+
+bool Tensor::has_shape(std::initializer_list<int64_t> sizes) const {
+  if (dim_ != static_cast<int64_t>(sizes.size())) return false;
+  for (int64_t i = 0; i < dim_; ++i) {
+    if (sizes_[i] != sizes.begin()[i]) return false;
   }
   return true;
 }
@@ -223,7 +251,9 @@ Tensor last_contiguous(const Tensor& tensor) {
   return contiguous(tensor);
 }
 
-Tensor cast(const Tensor& tensor, DType dtype) {
+namespace {
+
+Tensor converted(const Tensor& tensor, DType dtype) {
   Tensor from = contiguous(tensor);
   if (from.dtype() == dtype) return from;
   Tensor to = empty(from.dim(), from.sizes(), dtype);
@@ -239,5 +269,15 @@ Tensor cast(const Tensor& tensor, DType dtype) {
   }
   return to;
 }
+
+}  // namespace
+
+Tensor cast(const Tensor& tensor, DType dtype) {
+  const bool integers = tensor.dtype() == DType::kInt32 || tensor.dtype() == DType::kInt64;
+  require(!integers || dtype == DType::kInt64, "star_kernels: a floating tensor is needed");
+  return converted(tensor, dtype);
+}
+
+Tensor widen_integers(const Tensor& tensor) { return converted(tensor, DType::kFloat64); }
 
 }  // namespace star

@@ -35,7 +35,7 @@ class Tensor {
   Tensor(const Tensor&) = delete;
   Tensor& operator=(const Tensor&) = delete;
   ~Tensor() {
-    if (handle_ != nullptr) shim.aoti_torch_delete_tensor_object(handle_);
+    if (handle_ != nullptr && owner_ != Owner::kCaller) shim.aoti_torch_delete_tensor_object(handle_);
   }
 
   bool defined() const { return handle_ != nullptr; }
@@ -50,6 +50,7 @@ class Tensor {
   int64_t numel() const;
   bool is_contiguous() const;
   bool same_shape(const Tensor& other) const;
+  bool has_shape(std::initializer_list<int64_t> sizes) const;
   DType dtype() const { return dtype_; }
 
   // Bytes of one element.
@@ -64,15 +65,16 @@ class Tensor {
   const void* raw() const { return data_; }
   void* mutable_raw() { return const_cast<void*>(data_); }
 
-  Tensor alias() const;  // another reference to the same tensor
-  TensorHandle release() {
-    TensorHandle handle = handle_;
-    handle_ = nullptr;
-    return handle;
-  }
+  // The same tensor once more. An operator's argument outlives the operator's body, so it is borrowed; a tensor that the
+  // operator made is counted (0.15 us).
+  Tensor alias() const;
+  TensorHandle release();  // hands the reference to the caller
+  void become_argument() { owner_ = Owner::kArgument; }
 
  private:
+  enum class Owner : int8_t { kThis, kArgument, kCaller };
   void swap(Tensor& other) noexcept;
+  TensorHandle new_reference() const;
 
   TensorHandle handle_ = nullptr;
   const void* data_ = nullptr;
@@ -80,6 +82,7 @@ class Tensor {
   const int64_t* strides_ = nullptr;
   int64_t dim_ = 0;
   DType dtype_ = DType::kOther;
+  Owner owner_ = Owner::kThis;  // kCaller: borrowed from a tensor that outlives this one
 };
 
 // A tensor argument that may be None (`Tensor?` in the schema).
@@ -104,8 +107,10 @@ Tensor contiguous(const Tensor& tensor);
 Tensor last_contiguous(const Tensor& tensor);
 
 // A contiguous tensor of the given dtype: the tensor itself if it is one. For parameters and gradients of parameters,
-// whose dtype may differ from the activations'; float16 included.
+// whose dtype may differ from the activations'; float16 included. Integers become kInt64 alone (boundaries, targets): a
+// parameter of integers is a mistake. `widen_integers` makes positions of any dtype float64.
 Tensor cast(const Tensor& tensor, DType dtype);
+Tensor widen_integers(const Tensor& tensor);
 
 // Call `function` with a value of the element type (float, bf16 or double).
 template <class F> inline void dispatch_dtype(DType dtype, F&& function) {

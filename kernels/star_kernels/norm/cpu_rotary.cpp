@@ -159,7 +159,7 @@ Tensor rotary(const Tensor& x_any, const Tensor& positions_any, double base, boo
   require((axes == 1 && positions_any.size(0) == x_any.size(1)) ||
               (axes == 2 && positions_any.size(0) == x_any.size(0) && positions_any.size(1) == x_any.size(1)),
           "rotary: positions must be (T,) or (B, T)");
-  const Tensor x = last_contiguous(x_any), positions = cast(positions_any, DType::kFloat64);
+  const Tensor x = last_contiguous(x_any), positions = widen_integers(positions_any);
   Tensor y = empty_like(x);
   dispatch_dtype(x.dtype(), [&](auto element) {
     rotate<decltype(element)>(x, positions, base, interleaved, inverse, y);

@@ -119,6 +119,7 @@ serve("diagonal_scan", diagonal_scan)
 serve(
     "diagonal_scan_step",
     native_operator("diagonal_scan_step", fake=_fake_step, setup_context=_save_step, backward=_step_gradient),
+    checks=True,
 )
 
 
@@ -211,6 +212,7 @@ serve("rg_lru", rg_lru)
 serve(
     "rg_lru_step",
     native_operator("rg_lru_step", fake=_fake_lru_step, setup_context=_save_lru_step, backward=_lru_step_gradient),
+    checks=True,
 )
 
 
@@ -339,4 +341,5 @@ serve(
         setup_context=_save_selective_step,
         backward=_selective_step_gradient,
     ),
+    checks=True,
 )

@@ -265,8 +265,8 @@ def gated_delta_rule_step(
 
 
 serve("ssd", ssd)
-serve("ssd_step", ssd_step)
+serve("ssd_step", ssd_step, checks=True)
 serve("gated_linear_attention", gated_linear_attention)
-serve("gated_linear_attention_step", gated_linear_attention_step)
+serve("gated_linear_attention_step", gated_linear_attention_step, checks=True)
 serve("gated_delta_rule", gated_delta_rule)
-serve("gated_delta_rule_step", gated_delta_rule_step)
+serve("gated_delta_rule_step", gated_delta_rule_step, checks=True)

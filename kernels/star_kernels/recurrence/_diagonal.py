@@ -9,9 +9,7 @@ from star_kernels.dispatch import Operator
 from star_kernels.recurrence.reference import diagonal as reference
 
 _diagonal_scan = Operator("diagonal_scan", reference.diagonal_scan)
-_diagonal_scan_step = Operator("diagonal_scan_step", reference.diagonal_scan_step)
 _rg_lru = Operator("rg_lru", reference.rg_lru)
-_rg_lru_step = Operator("rg_lru_step", reference.rg_lru_step)
 
 
 def diagonal_scan(
@@ -66,11 +64,7 @@ def diagonal_scan_step(state: Tensor, decay: Tensor, x: Tensor, *, backend: str 
     Raises:
         ValueError: a shape, device or `backend` does not fit; TypeError: a dtype is unfit or differs from x.dtype.
     """
-    check_first("x", x, 2, "(B, D)")
-    check_shape("state", state, x.shape, "(B, D)", x)
-    check_shape("decay", decay, x.shape, "(B, D)", x)
-    check_same_dtype("decay", decay, "x", x)
-    h, new_state = _diagonal_scan_step.serve(x, backend)(state, decay, x)
+    h, new_state = _diagonal_scan_step.run(x, backend, state, decay, x)
     return h, new_state
 
 
@@ -148,11 +142,23 @@ def rg_lru_step(
     Raises:
         ValueError: a shape, device, `c` or `backend` does not fit; TypeError: a dtype is unfit or differs from x.dtype.
     """
+    h, new_state = _rg_lru_step.run(x, backend, state, x, recurrence_gate, input_gate, log_lambda, c)
+    return h, new_state
+
+
+def _check_scan_step(state: Tensor, decay: Tensor, x: Tensor) -> None:
+    check_first("x", x, 2, "(B, D)")
+    check_shape("state", state, x.shape, "(B, D)", x)
+    check_shape("decay", decay, x.shape, "(B, D)", x)
+    check_same_dtype("decay", decay, "x", x)
+
+
+def _check_lru_step(
+    state: Tensor, x: Tensor, recurrence_gate: Tensor, input_gate: Tensor, log_lambda: Tensor, c: float
+) -> None:
     check_first("x", x, 2, "(B, D)")
     check_shape("state", state, x.shape, "(B, D)", x)
     _check_gates(x, recurrence_gate, input_gate, log_lambda, c, "(B, D)")
-    h, new_state = _rg_lru_step.serve(x, backend)(state, x, recurrence_gate, input_gate, log_lambda, c)
-    return h, new_state
 
 
 def _check_gates(
@@ -170,3 +176,7 @@ def _check_state(state: Tensor | None, x: Tensor, cu_seqlens: Tensor | None) -> 
     sequences = check_sequences("cu_seqlens", cu_seqlens, x.shape[0], x.shape[1], x)
     if state is not None:
         check_shape("initial_state", state, (sequences, x.shape[2]), "(S, D)", x)
+
+
+_diagonal_scan_step = Operator("diagonal_scan_step", reference.diagonal_scan_step, _check_scan_step)
+_rg_lru_step = Operator("rg_lru_step", reference.rg_lru_step, _check_lru_step)

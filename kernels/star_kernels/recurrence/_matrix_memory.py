@@ -9,9 +9,7 @@ from star_kernels.dispatch import Operator
 from star_kernels.recurrence.reference import delta_rule, linear_attention
 
 _gated_linear_attention = Operator("gated_linear_attention", linear_attention.gated_linear_attention)
-_gated_linear_attention_step = Operator("gated_linear_attention_step", linear_attention.gated_linear_attention_step)
 _gated_delta_rule = Operator("gated_delta_rule", delta_rule.gated_delta_rule)
-_gated_delta_rule_step = Operator("gated_delta_rule_step", delta_rule.gated_delta_rule_step)
 
 
 def gated_linear_attention(
@@ -88,11 +86,7 @@ def gated_linear_attention_step(
     Raises:
         ValueError: a shape, device or `backend` does not fit; TypeError: a dtype is unfit or differs from q.dtype.
     """
-    check_first("q", q, 3, "(B, H, K)")
-    _check_memory_arguments(q, k, v, "(B, H, K)", "(B, H, V)")
-    check_shape("log_decay", log_decay, q.shape, "(B, H, K)", q)
-    check_shape("state", state, (*q.shape, v.shape[2]), "(B, H, K, V)", q)
-    o, new_state = _gated_linear_attention_step.serve(q, backend)(state, q, k, v, log_decay, scale)
+    o, new_state = _gated_linear_attention_step.run(q, backend, state, q, k, v, log_decay, scale)
     return o, new_state
 
 
@@ -175,13 +169,25 @@ def gated_delta_rule_step(
     Raises:
         ValueError: a shape, device or `backend` does not fit; TypeError: a dtype is unfit or differs from q.dtype.
     """
+    o, new_state = _gated_delta_rule_step.run(q, backend, state, q, k, v, log_decay, beta, scale)
+    return o, new_state
+
+
+def _check_linear_step(state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float | None) -> None:
+    check_first("q", q, 3, "(B, H, K)")
+    _check_memory_arguments(q, k, v, "(B, H, K)", "(B, H, V)")
+    check_shape("log_decay", log_decay, q.shape, "(B, H, K)", q)
+    check_shape("state", state, (*q.shape, v.shape[2]), "(B, H, K, V)", q)
+
+
+def _check_delta_step(
+    state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, scale: float | None
+) -> None:
     check_first("q", q, 3, "(B, H, K)")
     _check_memory_arguments(q, k, v, "(B, H, K)", "(B, H, V)")
     check_shape("log_decay", log_decay, q.shape[:2], "(B, H)", q)
     check_shape("beta", beta, q.shape[:2], "(B, H)", q)
     check_shape("state", state, (*q.shape, v.shape[2]), "(B, H, K, V)", q)
-    o, new_state = _gated_delta_rule_step.serve(q, backend)(state, q, k, v, log_decay, beta, scale)
-    return o, new_state
 
 
 def _check_memory_arguments(q: Tensor, k: Tensor, v: Tensor, key_layout: str, value_layout: str) -> None:
@@ -196,3 +202,9 @@ def _check_state(state: Tensor | None, q: Tensor, v: Tensor, cu_seqlens: Tensor 
     sequences = check_sequences("cu_seqlens", cu_seqlens, q.shape[0], q.shape[1], q)
     if state is not None:
         check_shape("initial_state", state, (sequences, *q.shape[2:], v.shape[3]), "(S, H, K, V)", q)
+
+
+_gated_linear_attention_step = Operator(
+    "gated_linear_attention_step", linear_attention.gated_linear_attention_step, _check_linear_step
+)
+_gated_delta_rule_step = Operator("gated_delta_rule_step", delta_rule.gated_delta_rule_step, _check_delta_step)

@@ -10,9 +10,7 @@ from star_kernels.recurrence.reference import selective as selective_reference
 from star_kernels.recurrence.reference import ssd as ssd_reference
 
 _selective_scan = Operator("selective_scan", selective_reference.selective_scan)
-_selective_scan_step = Operator("selective_scan_step", selective_reference.selective_scan_step)
 _ssd = Operator("ssd", ssd_reference.ssd)
-_ssd_step = Operator("ssd_step", ssd_reference.ssd_step)
 
 
 def selective_scan(
@@ -106,10 +104,7 @@ def selective_scan_step(
     Raises:
         ValueError: a shape, device or `backend` does not fit; TypeError: a tensor is not floating.
     """
-    check_first("x", x, 2, "(B, D)")
-    _check_scan_arguments(x, dt, A, B, C, D, z, dt_bias, "(B, D)", "(B, G, N)")
-    check_shape("state", state, (x.shape[0], *A.shape), "(B, D, N)", x)
-    y, new_state = _selective_scan_step.serve(x, backend)(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    y, new_state = _selective_scan_step.run(x, backend, state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
     return y, new_state
 
 
@@ -205,11 +200,42 @@ def ssd_step(
     Raises:
         ValueError: a shape, device or `backend` does not fit; TypeError: a tensor is not floating.
     """
+    y, new_state = _ssd_step.run(x, backend, state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
+    return y, new_state
+
+
+def _check_selective_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> None:
+    check_first("x", x, 2, "(B, D)")
+    _check_scan_arguments(x, dt, A, B, C, D, z, dt_bias, "(B, D)", "(B, G, N)")
+    check_shape("state", state, (x.shape[0], *A.shape), "(B, D, N)", x)
+
+
+def _check_ssd_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+) -> None:
     check_first("x", x, 3, "(B, H, P)")
     _check_head_arguments(x, dt, A, B, C, D, z, dt_bias, "(B, H)", "(B, H, P)", "(B, G, N)")
     check_shape("state", state, (*x.shape, B.shape[2]), "(B, H, P, N)", x)
-    y, new_state = _ssd_step.serve(x, backend)(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus)
-    return y, new_state
 
 
 def _check_scan_arguments(
@@ -266,3 +292,7 @@ def _check_head_arguments(
         check_shape("z", z, x.shape, layout, x)
     if dt_bias is not None:
         check_shape("dt_bias", dt_bias, (heads,), "(H,)", x)
+
+
+_selective_scan_step = Operator("selective_scan_step", selective_reference.selective_scan_step, _check_selective_step)
+_ssd_step = Operator("ssd_step", ssd_reference.ssd_step, _check_ssd_step)

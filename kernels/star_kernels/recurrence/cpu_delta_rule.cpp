@@ -351,6 +351,7 @@ std::tuple<Tensor, Tensor> gated_delta_rule_step(const Tensor& state_any, const 
                                                  const Tensor& v_any, const Tensor& log_decay, const Tensor& beta,
                                                  double scale) {
   check_delta(q_any, k_any, v_any, log_decay, beta, 3);
+  require(state_any.has_shape({q_any.size(0), q_any.size(1), q_any.size(2), v_any.size(2)}), kShapes);
   Tensor o, new_state;
   dispatch_wide(q_any.dtype(), [&](auto element) {
     using W = decltype(element);

@@ -356,6 +356,7 @@ std::tuple<Tensor, Tensor> gated_linear_attention_step(const Tensor& state_any, 
                                                        const Tensor& log_decay, double scale) {
   check_memory(kShapes, q_any, k_any, v_any, 3);
   require(log_decay.same_shape(q_any), kShapes);
+  require(state_any.has_shape({q_any.size(0), q_any.size(1), q_any.size(2), v_any.size(2)}), kShapes);
   Tensor o, new_state;
   dispatch_wide(q_any.dtype(), [&](auto element) {
     using W = decltype(element);

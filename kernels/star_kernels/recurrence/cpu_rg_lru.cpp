@@ -108,6 +108,7 @@ std::tuple<Tensor, Tensor> rg_lru_step(const Tensor& state_any, const Tensor& x_
               input_any.dtype() == x_any.dtype(),
           "rg_lru_step: the gates must have the shape and dtype of x");
   require(log_lambda.dim() == 1 && log_lambda.size(0) == x_any.size(1), "rg_lru_step: log_lambda must be (D,)");
+  require(c > 0, "rg_lru_step: c must be positive");
   const Tensor x = last_contiguous(x_any), recurrence = last_contiguous(recurrence_any);
   const Tensor input = last_contiguous(input_any), rate = rates(x, log_lambda, c);
   Tensor h = empty_like(x);

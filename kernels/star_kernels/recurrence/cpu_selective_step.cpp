@@ -6,13 +6,6 @@ namespace {
 
 constexpr int64_t kChannelsOfTask = 64;
 
-// cast(), without a new reference (0.15 us each, for ten arguments) where the tensor is already as wanted.
-const Tensor& as(const Tensor& tensor, DType dtype, Tensor& room) {
-  if (tensor.dtype() == dtype && tensor.is_contiguous()) return tensor;
-  room = cast(tensor, dtype);
-  return room;
-}
-
 template <class T> struct StepRow {
   using W = Wide<T>;
   const T *x, *dt, *z;     // (D,)
@@ -83,13 +76,10 @@ std::tuple<Tensor, Tensor> selective_scan_step(const Tensor& state_any, const Te
   const DType wide = x_any.dtype() == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
   const bool mixed = dt_any.dtype() != x_any.dtype() || (z_any && z_any.dtype() != x_any.dtype());
   const DType activation = mixed ? wide : x_any.dtype();
-  Tensor room[9];
-  const Tensor &x = as(x_any, activation, room[0]), &dt = as(dt_any, activation, room[1]);
-  const Tensor &state = as(state_any, wide, room[2]), &A = as(A_any, wide, room[3]);
-  const Tensor &B = as(B_any, wide, room[4]), &C = as(C_any, wide, room[5]);
-  const Tensor& z = z_any ? as(z_any, activation, room[6]) : room[6];
-  const Tensor& D = D_any ? as(D_any, wide, room[7]) : room[7];
-  const Tensor& bias = bias_any ? as(bias_any, wide, room[8]) : room[8];
+  const Tensor x = cast(x_any, activation), dt = cast(dt_any, activation), state = cast(state_any, wide);
+  const Tensor A = cast(A_any, wide), B = cast(B_any, wide), C = cast(C_any, wide);
+  const Tensor z = z_any ? cast(z_any, activation) : Tensor(), D = D_any ? cast(D_any, wide) : Tensor();
+  const Tensor bias = bias_any ? cast(bias_any, wide) : Tensor();
   Tensor y = empty_like(x), new_state = empty_like(state);
   dispatch_dtype(activation, [&](auto element) {
     using T = decltype(element);

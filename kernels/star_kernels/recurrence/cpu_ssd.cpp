@@ -480,6 +480,10 @@ std::tuple<Tensor, Tensor> ssd_step(const Tensor& state_any, const Tensor& x_any
                                     const Tensor& b, const Tensor& c, const OptionalTensor& d, const OptionalTensor& z,
                                     const OptionalTensor& dt_bias, bool dt_softplus) {
   check(x_any, dt_any, a, b, c, 3);
+  require(state_any.has_shape({x_any.size(0), x_any.size(1), x_any.size(2), b.size(2)}) &&
+              (!z || z.same_shape(x_any)) && (!d || d.has_shape({x_any.size(1)})) &&
+              (!dt_bias || dt_bias.has_shape({x_any.size(1)})),
+          "ssd_step: state must be (B, H, P, N), z have the shape of x, D and dt_bias be (H,)");
   Tensor y, new_state;
   dispatch_wide(x_any.dtype(), [&](auto element) {
     using W = decltype(element);

@@ -8,7 +8,7 @@ namespace star {
 namespace chunked {
 
 inline void check_memory(const char* message, const Tensor& q, const Tensor& k, const Tensor& v, int64_t axes) {
-  bool fits = q.dim() == axes && k.same_shape(q) && v.dim() == axes;
+  bool fits = q.dim() == axes && k.same_shape(q) && v.dim() == axes && k.dtype() == q.dtype() && v.dtype() == q.dtype();
   for (int64_t axis = 0; fits && axis + 1 < axes; ++axis) fits = v.size(axis) == q.size(axis);
   require(fits, message);
 }

@@ -14,8 +14,6 @@ ACTIVATIONS = (None, "silu", "swish")
 
 _causal_conv1d = Operator("causal_conv1d", reference.causal_conv1d)
 _gated_short_conv = Operator("gated_short_conv", reference.gated_short_conv)
-_causal_conv1d_step = Operator("causal_conv1d_step", reference.causal_conv1d_step)
-_gated_short_conv_step = Operator("gated_short_conv_step", reference.gated_short_conv_step)
 
 
 def causal_conv1d(
@@ -132,11 +130,7 @@ def causal_conv1d_step(
     Raises:
         ValueError: a shape, device, choice or `backend` does not fit; TypeError: a tensor is not floating.
     """
-    check_first("x", x, 2, "(B, D)")
-    _check_filter(x, weight, bias)
-    check_shape("state", state, (*x.shape, weight.shape[1] - 1), "(B, D, W - 1)", x)
-    check_choice("activation", activation, ACTIVATIONS)
-    y, new_state = _causal_conv1d_step.serve(x, backend)(state, x, weight, bias, activation)
+    y, new_state = _causal_conv1d_step.run(x, backend, state, x, weight, bias, activation)
     return y, new_state
 
 
@@ -168,12 +162,24 @@ def gated_short_conv_step(
     Raises:
         ValueError: a shape, device or `backend` does not fit; TypeError: a dtype is unfit or differs from x.dtype.
     """
+    y, new_state = _gated_short_conv_step.run(x, backend, state, x, gate_in, gate_out, weight, bias)
+    return y, new_state
+
+
+def _check_conv_step(state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> None:
+    check_first("x", x, 2, "(B, D)")
+    _check_filter(x, weight, bias)
+    check_shape("state", state, (*x.shape, weight.shape[1] - 1), "(B, D, W - 1)", x)
+    check_choice("activation", activation, ACTIVATIONS)
+
+
+def _check_gated_step(
+    state: Tensor, x: Tensor, gate_in: Tensor, gate_out: Tensor, weight: Tensor, bias: Tensor | None
+) -> None:
     check_first("x", x, 2, "(B, D)")
     _check_gates(x, gate_in, gate_out, "(B, D)")
     _check_filter(x, weight, bias)
     check_shape("state", state, (*x.shape, weight.shape[1] - 1), "(B, D, W - 1)", x)
-    y, new_state = _gated_short_conv_step.serve(x, backend)(state, x, gate_in, gate_out, weight, bias)
-    return y, new_state
 
 
 def _check_gates(x: Tensor, gate_in: Tensor, gate_out: Tensor, layout: str) -> None:
@@ -197,3 +203,7 @@ def _check_state(name: str, state: Tensor | None, x: Tensor, weight: Tensor, cu_
     sequences = check_sequences("cu_seqlens", cu_seqlens, x.shape[0], x.shape[1], x)
     if state is not None:
         check_shape(name, state, (sequences, x.shape[2], weight.shape[1] - 1), "(S, D, W - 1)", x)
+
+
+_causal_conv1d_step = Operator("causal_conv1d_step", reference.causal_conv1d_step, _check_conv_step)
+_gated_short_conv_step = Operator("gated_short_conv_step", reference.gated_short_conv_step, _check_gated_step)

@@ -150,6 +150,8 @@ gated_short_conv_step = native_operator(
     "gated_short_conv_step", fake=_fake_gated_step, setup_context=_save_gated, backward=_gated_step_backward
 )
 
+_SILU = {None: False, "silu": True, "swish": True}
+
 
 def causal_conv1d(
     x: Tensor,
@@ -167,12 +169,12 @@ def causal_conv1d(
 def causal_conv1d_step(
     state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
 ) -> tuple[Tensor, Tensor]:
-    """Serve `star_kernels.causal_conv1d_step`."""
-    y, new_state = _conv_step(state, x, weight, bias, activation is not None)
+    """Serve `star_kernels.causal_conv1d_step`, which relies on the refusal of an unknown activation (KeyError)."""
+    y, new_state = _conv_step(state, x, weight, bias, _SILU[activation])
     return y, new_state
 
 
 serve("causal_conv1d", causal_conv1d)
-serve("causal_conv1d_step", causal_conv1d_step)
+serve("causal_conv1d_step", causal_conv1d_step, checks=True)
 serve("gated_short_conv", gated_short_conv)
-serve("gated_short_conv_step", gated_short_conv_step)
+serve("gated_short_conv_step", gated_short_conv_step, checks=True)

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-PROVIDERS: list[str] = ["star_kernels._native"]
+PROVIDERS: list[str] = ["star_kernels._native", "star_kernels._triton"]
 """Modules that register compiled implementations when imported; a missing one is skipped."""
 
 REFERENCE = "reference"

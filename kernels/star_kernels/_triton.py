@@ -1,0 +1,156 @@
+"""The Triton operators for CUDA and ROCm tensors: which there are, how torch learns of them, how a kernel is launched.
+
+`import star_kernels` does not import triton: an operator's folder holds `triton.py`, which is
+imported when one of its operators is first called on a GPU. With TRITON_INTERPRET=1 in the environment the kernels run
+on CPU tensors in Triton's interpreter, element by element in numpy: slow, and meant for tests.
+
+A module makes each of its operators with `triton_operator`, and starts kernels through `launch`, which `recording`
+turns into a list of what would have been started: so the kernels can be compiled for any GPU on a machine without one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from star_kernels import dispatch
+
+BACKEND = "triton"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+OPERATORS: dict[str, tuple[str, ...]] = {
+    "memoryless.triton": ("swiglu", "geglu", "reglu", "channel_mix"),
+    "norm.triton": ("rms_norm", "add_rms_norm", "rotary"),
+}
+"""Public operators by the module that serves them with functions of the same names."""
+
+Function = Callable[..., Any]
+
+
+def interpreting() -> bool:
+    """Return whether kernels run on the CPU in Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _unavailable() -> str | None:
+    """Say in one clause why there are no Triton operators on this machine; None if there are."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; `pip install 'star-arch[gpu]'` brings it"
+    if not interpreting() and not torch.cuda.is_available():
+        return "torch sees no CUDA or ROCm device"
+    return None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel's start, as `launch` was asked for it.
+
+    Attributes:
+        kernel: The function under `triton.jit`.
+        grid: Programs along each axis.
+        arguments: Every parameter's value by name; a tensor stands for its dtype and alignment.
+        num_warps: Warps of a program.
+        num_stages: Stages of software pipelining.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Start no kernel inside, and list those that would have been; what the operators return then is not set."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 2, **constants: Any
+) -> None:
+    """Start a kernel on the device of its first tensor; not at all where the grid is empty.
+
+    Args:
+        kernel: A function under `triton.jit`.
+        grid: Programs along each axis; the first axis may have 2**31 - 1, the others 65,535.
+        arguments: Its parameters in order, without those that are `tl.constexpr`.
+        num_warps: Warps of a program.
+        num_stages: Stages of software pipelining.
+        constants: The parameters that are `tl.constexpr`.
+    """
+    if 0 in grid:
+        return
+    if _recorded is not None:
+        names = kernel.arg_names[: len(arguments)]
+        given = {**dict(zip(names, arguments, strict=True)), **constants}
+        _recorded.append(Launch(kernel, grid, given, num_warps, num_stages))
+        return
+    if interpreting():
+        kernel[grid](*arguments, **constants)
+        return
+    first = next(one for one in arguments if isinstance(one, Tensor))
+    with torch.cuda.device(first.device):
+        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+
+
+def triton_operator(
+    name: str,
+    function: Function,
+    *,
+    fake: Function,
+    setup_context: Function | None = None,
+    backward: Function | None = None,
+) -> Function:
+    """Make an operator of torch, `star_kernels::triton_<name>`, and return the function to call.
+
+    Args:
+        name: The operator's name.
+        function: Takes tensors and numbers, starts the kernels and returns new tensors. Its annotations are the schema.
+        fake: Takes the same; returns empty tensors like the results.
+        setup_context: `(ctx, inputs, output)`, saves what `backward` needs.
+        backward: `(ctx, *gradients)`; returns a gradient or None for each argument. Without it the operator refuses to
+            be differentiated.
+    """
+    operator = torch.library.custom_op(f"star_kernels::triton_{name}", function, mutates_args=())
+    operator.register_fake(fake)
+    if backward is not None:
+        operator.register_autograd(backward, setup_context=setup_context)
+    return operator
+
+
+def _loader(module: str, operator: str) -> Callable[[], Function]:
+    def load() -> Function:
+        function: Function = getattr(importlib.import_module(f"star_kernels.{module}"), operator)
+        return function
+
+    return load
+
+
+def _register() -> None:
+    devices = ("cuda", "cpu") if interpreting() else ("cuda",)
+    dtypes = (*DTYPES, torch.float64) if interpreting() else DTYPES
+    dispatch.declare_backend(BACKEND, device_types=devices, unavailable=_unavailable())
+    for module, operators in OPERATORS.items():
+        for operator in operators:
+            load = _loader(module, operator)
+            dispatch.register(operator, BACKEND, load, device_types=devices, dtypes=dtypes)
+
+
+_register()

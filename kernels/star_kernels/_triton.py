@@ -73,13 +73,27 @@ _recorded: list[Launch] | None = None
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Start no kernel inside, and list those that would have been; what the operators return then is not set."""
+    """Start no kernel inside, and list those that would have been started.
+
+    CPU tensors stand in for a GPU's: public operators take them with `backend="triton"`, on a machine without a GPU
+    too. What they return is not set.
+
+    Raises:
+        ValueError: triton is not installed.
+    """
     global _recorded
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("recording needs triton, which is not installed")
     before, _recorded = _recorded, []
+    dispatch.declare_backend(BACKEND, device_types=("cuda", "cpu"))
+    entries = [(operator, _register(operator, module, ("cpu",))) for module, operator in _modules()]
     try:
         yield _recorded
     finally:
         _recorded = before
+        for operator, entry in entries:
+            dispatch.withdraw(operator, entry)
+        _declare()
 
 
 def launch(
@@ -135,22 +149,24 @@ def triton_operator(
     return operator
 
 
-def _loader(module: str, operator: str) -> Callable[[], Function]:
+def _modules() -> list[tuple[str, str]]:
+    return [(module, operator) for module, operators in OPERATORS.items() for operator in operators]
+
+
+def _register(operator: str, module: str, device_types: tuple[str, ...]) -> dispatch.Implementation:
     def load() -> Function:
         function: Function = getattr(importlib.import_module(f"star_kernels.{module}"), operator)
         return function
 
-    return load
-
-
-def _register() -> None:
-    devices = ("cuda", "cpu") if interpreting() else ("cuda",)
     dtypes = (*DTYPES, torch.float64) if interpreting() else DTYPES
-    dispatch.declare_backend(BACKEND, device_types=devices, unavailable=_unavailable())
-    for module, operators in OPERATORS.items():
-        for operator in operators:
-            load = _loader(module, operator)
-            dispatch.register(operator, BACKEND, load, device_types=devices, dtypes=dtypes)
+    return dispatch.register(operator, BACKEND, load, device_types=device_types, dtypes=dtypes)
 
 
-_register()
+def _declare() -> None:
+    dispatch.declare_backend(BACKEND, device_types=_DEVICES, unavailable=_unavailable())
+
+
+_DEVICES = ("cuda", "cpu") if interpreting() else ("cuda",)
+_declare()
+for _module, _operator in _modules():
+    _register(_operator, _module, _DEVICES)

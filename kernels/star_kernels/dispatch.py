@@ -238,8 +238,8 @@ def register(
     device_types: Iterable[str],
     dtypes: Iterable[torch.dtype],
     checks: bool = False,
-) -> None:
-    """Add a declared backend's implementation of an operator, preferred after those registered before it.
+) -> Implementation:
+    """Add a declared backend's implementation of an operator, preferred after those registered before it; return it.
 
     Args:
         operator: The operator's name.
@@ -259,6 +259,13 @@ def register(
         raise ValueError(f"operator {operator!r} does not exist; it must be one of: {', '.join(sorted(_operators))}")
     entry = Implementation(backend, frozenset(device_types), frozenset(dtypes), load, checks)
     _implementations.setdefault(operator, []).append(entry)
+    _operators[operator].forget()
+    return entry
+
+
+def withdraw(operator: str, entry: Implementation) -> None:
+    """Take back what `register` added."""
+    _implementations[operator].remove(entry)
     _operators[operator].forget()
 
 

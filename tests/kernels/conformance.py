@@ -50,8 +50,9 @@ def call(operator: str, backend: str, tensors: dict[str, Tensor], options: dict[
 
 def upstream(outputs: Outputs, seed: int = 7) -> Outputs:
     """Return random gradients for the outputs, the same for each dtype up to rounding."""
-    generator = torch.Generator().manual_seed(seed)
-    return tuple(torch.randn(one.shape, generator=generator, dtype=torch.float64).to(one.dtype) for one in outputs)
+    generator = torch.Generator("cpu").manual_seed(seed)
+    made = (torch.randn(one.shape, generator=generator, dtype=torch.float64, device="cpu") for one in outputs)
+    return tuple(grad.to(one) for grad, one in zip(made, outputs, strict=True))
 
 
 def gradients(outputs: Outputs, leaves: dict[str, Tensor], dy: Outputs | None = None) -> dict[str, Tensor]:

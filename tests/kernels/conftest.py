@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,15 @@ from tests.kernels import interpreter
 
 if _triton.interpreting():
     interpreter.close_gaps()
+
+# "cuda" makes every test of an operator one of what serves a GPU.
+DEVICE = os.environ.get("STAR_TEST_DEVICE", "cpu")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _default_device() -> None:
+    if DEVICE != "cpu":
+        torch.set_default_device(DEVICE)
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +45,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that asks for `backend` on each one; one that asks for a length or variant on its class's."""
     if "backend" in metafunc.fixturenames:
         names = [name for name, status in star_kernels.backends().items() if status.available]
-        if _triton.interpreting():
+        if _triton.interpreting() or DEVICE != "cpu":
             names = ["triton"] if "triton" in names else []
         metafunc.parametrize("backend", names)
     if "length" in metafunc.fixturenames:

@@ -255,12 +255,14 @@ def _rotated(x: Tensor, positions: Tensor, base: float, interleaved: bool, sign:
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     half = width // 2
     block = next_power_of_2(half, 16)
+    group = max(1, min(16, _TILE // block))
     at = (0, positions.stride(0)) if positions.ndim == 1 else positions.stride()
     if x.numel():
         frequencies = _frequencies(half, base, _wide(x.dtype), x.device)
         launch(
             _rotate, (batch * tokens,), x, positions, frequencies, y, tokens, heads, half, *x.stride(), *at,
-            SIGN=sign, INTERLEAVED=interleaved, ACC=accumulator(x), HEADS=max(1, min(16, _TILE // block)), HALF=block,
+            SIGN=sign, INTERLEAVED=interleaved, ACC=accumulator(x), HEADS=group, HALF=block,
+            num_warps=_warps(group * block),
         )  # fmt: skip
     return y
 

@@ -25,7 +25,7 @@ from rich.table import Table
 import star_kernels
 from bench.binaries import TARGETS, Binary, Target, compile_for, identity
 from bench.cases import Case, build, cases
-from bench.work import differentiated, work_of
+from bench.work import Work, differentiated, work_of
 from star_kernels import _triton
 
 COMMITTED = Path(__file__).parent / "results" / "aot.json"
@@ -113,6 +113,18 @@ class Row:
 
 def launches_of(case: Case) -> list[tuple[_triton.Launch, float]]:
     """Return what a case launches, forward and backward, each kernel once, with its traffic."""
+    launches, work = _record(case)
+    distinct = {identity(one): one for one in launches}
+    return [(one, _bytes(one) / work.bytes) for one in distinct.values()]
+
+
+def launch_count(case: Case) -> tuple[int, Work]:
+    """Return how many kernels of ours a case starts, forward and backward, and what it has to do."""
+    launches, work = _record(case)
+    return len(launches), work
+
+
+def _record(case: Case) -> tuple[list[_triton.Launch], Work]:
     inputs = build(case)
     step = case.operator.endswith("_step")
     with _triton.recording() as launches, torch.set_grad_enabled(not step):
@@ -124,9 +136,7 @@ def launches_of(case: Case) -> list[tuple[_triton.Launch, float]]:
         if not step:
             wanted = differentiated(case.operator, outputs)
             torch.autograd.grad(wanted, [inputs.args[name] for name in inputs.leaves], [one.detach() for one in wanted])
-    least = work_of(case, "step" if step else "full", inputs, [one.detach() for one in outputs]).bytes
-    distinct = {identity(one): one for one in launches}
-    return [(one, _bytes(one) / least) for one in distinct.values()]
+    return launches, work_of(case, "step" if step else "full", inputs, [one.detach() for one in outputs])
 
 
 def _bytes(launch: _triton.Launch) -> int:
@@ -188,6 +198,12 @@ def _compile_number(place: tuple[int, str], targets: Sequence[Target]) -> list[R
 def read(path: Path) -> list[Row]:
     """Read a table that `write` wrote."""
     return [Row(**{**row, "binary": Binary(**row["binary"])}) for row in json.loads(path.read_text())["rows"]]
+
+
+def version(path: Path) -> str:
+    """Return the version of Triton that a table was made with."""
+    made: str = json.loads(path.read_text())["triton"]
+    return made
 
 
 def write(rows: Sequence[Row], path: Path) -> None:

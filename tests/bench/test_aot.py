@@ -1,0 +1,114 @@
+"""Compiling Triton kernels ahead of time: what the binaries hold, and that nothing became worse than committed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bench import aot
+from bench.binaries import TARGETS, Binary, occupancy_of
+from bench.cases import cases
+from bench.roofline import CARDS, card_of, least_seconds
+from bench.work import Work
+
+SM_80, SM_90, _, GFX942 = TARGETS
+
+
+def test_occupancy_is_bounded_by_registers_shared_memory_and_warps() -> None:
+    assert occupancy_of(SM_90, 4, 32, 0) == 100
+    assert occupancy_of(SM_90, 4, 128, 0) == 25
+    assert occupancy_of(SM_90, 8, 255, 0) == 12
+    assert occupancy_of(SM_80, 4, 32, 82 * 1024) == 12
+    assert occupancy_of(GFX942, 4, 128, 0) == 50
+    assert occupancy_of(GFX942, 4, 512, 0) == 12
+
+
+def test_roofline_takes_what_binds() -> None:
+    h100 = card_of("NVIDIA H100 80GB HBM3")
+    assert h100 is not None
+    assert card_of("GeForce GTX 970") is None
+    memory = Work(bytes=3_350_000_000, footprint=0, flops=1000)
+    assert least_seconds(memory, torch.bfloat16, h100) == (pytest.approx(1e-3), "memory")
+    assert least_seconds(Work(8, 8, flops=989 * 10**9), torch.bfloat16, h100) == (pytest.approx(1e-3), "matrix")
+    assert least_seconds(Work(8, 8), torch.bfloat16, h100, launches=4) == (pytest.approx(1e-5), "launch")
+    assert least_seconds(Work(8, 8, exps=10**9), torch.float32, h100)[1] == "vector"
+    assert len({card.name for card in CARDS}) == len(CARDS)
+
+
+def test_a_regression_is_named() -> None:
+    binary = Binary(registers=40, spill_bytes=0, shared_bytes=4096, occupancy=75, loads=4, wide_loads=4, matrix="wgmma")
+    row = aot.Row("ssd", "B2", "bfloat16", "_forward", "sm_90", 4, 2, 64, 1.0, binary)
+    assert not aot.regressions([row], [row])
+    for change, words in (
+        ({"spill_bytes": 16}, "spills 16 bytes"),
+        ({"registers": 60}, "registers 40 to 60"),
+        ({"shared_bytes": 9000}, "shared_bytes 4096 to 9000"),
+        ({"wide_loads": 0}, "128 bits"),
+        ({"matrix": ""}, "wgmma to none"),
+    ):
+        (found,) = aot.regressions([replace(row, binary=replace(binary, **change))], [row])
+        assert words in found
+        assert "_forward of ssd B2 on sm_90" in found
+
+
+@pytest.fixture(scope="module")
+def _triton_installed() -> None:
+    pytest.importorskip("triton")
+
+
+@pytest.mark.usefixtures("_triton_installed")
+def test_recording_launches_nothing_and_ends() -> None:
+    import star_kernels
+    from star_kernels import _triton
+
+    x, weight = torch.randn(3, 20), torch.randn(20)
+    with _triton.recording() as launches:
+        star_kernels.rms_norm(x, weight, backend="triton")
+    assert [one.kernel.__name__ for one in launches] == ["_norm_forward"]
+    assert launches[0].arguments["width"] == 20
+    if not _triton.interpreting():
+        with pytest.raises(ValueError, match="backend='triton'"):
+            star_kernels.rms_norm(x, weight, backend="triton")
+
+
+@pytest.mark.usefixtures("_triton_installed")
+def test_a_binary_shows_wide_loads() -> None:
+    case = cases("swiglu", "B2 T64 D1024 bfloat16")[0]
+    rows = aot.compile_case(case, [SM_90, GFX942])
+    assert {row.kernel for row in rows} == {"_unit_forward", "_unit_backward"}
+    for row in rows:
+        assert row.binary.spill_bytes == 0
+        assert row.binary.wide_loads == row.binary.loads > 0
+        assert not row.binary.matrix
+        assert 10 < row.binary.registers < 80
+
+
+def _held_against_the_committed_table(grid: list[tuple[int, str]], targets: list[aot.Target]) -> None:
+    import triton
+
+    rows = [row for found in aot.compile_all(grid, targets, jobs=2) for row in found]
+    assert rows
+    spilled = [f"{row.kernel} on {row.target}" for row in rows if row.binary.spill_bytes]
+    assert not spilled
+    committed, version = aot.read(aot.COMMITTED), aot.version(aot.COMMITTED)
+    if version == triton.__version__:
+        assert not aot.regressions(rows, committed)
+    known = {(row.operator, row.kernel) for row in committed}
+    assert {(row.operator, row.kernel) for row in rows} <= known, "run `python -m bench.aot --write`"
+
+
+@pytest.mark.usefixtures("_triton_installed")
+def test_default_configurations_in_bfloat16_on_two_targets() -> None:
+    _held_against_the_committed_table(aot.grid_of(aot.CASES, ["bfloat16"]), [SM_90, GFX942])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_triton_installed")
+def test_every_configuration_everywhere() -> None:
+    _held_against_the_committed_table(aot.grid_of(aot.CASES), list(TARGETS))
+    for found in aot.compile_all(aot.grid_of(aot.EXTREMES), TARGETS, jobs=2):
+        for row in found:
+            target = next(one for one in TARGETS if one.name == row.target)
+            assert row.binary.shared_bytes <= target.most_shared, f"{row.kernel} of {row.case} on {row.target}"

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-PROVIDERS: list[str] = ["star_kernels._native", "star_kernels._triton"]
+PROVIDERS: list[str] = ["star_kernels._native", "star_kernels._triton", "star_kernels._installed"]
 """Modules that register compiled implementations when imported; a missing one is skipped."""
 
 REFERENCE = "reference"

@@ -8,16 +8,19 @@ PY := $(VENV)/bin/python
 PYTHON3 ?= python3
 TORCH ?= 2.13.0
 STAMP := $(VENV)/.star-installed
+SANITIZED := build/sanitize/.built
+SECONDS ?= 600
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find kernels -name '*.cpp' -o -name '*.h')
 ARGS ?=
 
-.PHONY: search test test-all lint bench setup clean help
+.PHONY: search test test-all lint bench fuzz setup clean help
 
 help:
 	@echo "make search [ARGS='--preset smoke']   search architectures on this machine; opens nothing, prints where report.html is"
 	@echo "make test                             lint, types and the quick tests (CI runs this)"
 	@echo "make test-all                         the slow tests too"
 	@echo "make bench                            pytest bench/: kernels against ceilings and peers"
+	@echo "make fuzz [SECONDS=600]               random calls of the compiled operators under sanitizers, for SECONDS"
 
 search: setup
 	$(PY) -m search.run $(ARGS)
@@ -35,6 +38,18 @@ lint: setup
 
 bench: setup
 	$(PY) -m pytest bench/
+
+fuzz: $(SANITIZED)
+	$(PY) -m tests.fuzz --seconds $(SECONDS) --libraries build/sanitize/lib
+
+# The best instruction set that this machine runs; an empty list, where nothing is compiled yet, means all of them.
+$(SANITIZED): $(STAMP)
+	$(PY) -m pip install --quiet 'cmake>=3.24' ninja
+	export PATH="$(abspath $(VENV))/bin:$$PATH"; \
+	isa=$$($(PY) -c 'from star_kernels import _native; print(_native.isa())') && \
+	cmake -S . -B build/sanitize -G Ninja -DSTAR_SANITIZE=ON -DSTAR_ISAS=$$isa && \
+	cmake --build build/sanitize
+	@touch $@
 
 setup: $(STAMP)
 

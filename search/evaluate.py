@@ -1,7 +1,8 @@
 """One candidate in, one typed result out: decode the genome, train it, measure it.
 
-The two halves are apart, since trainings may overlap and measurements may not. Each leaves a file behind once it is
-done, written in one step, so that a search that was killed between them goes on from there.
+The two halves are apart, since trainings may overlap and measurements of time may not. Memory is counted in bytes that
+are the same whatever else runs, and so belongs to the first half. Each half leaves a file behind once it is done,
+written in one step, so that a search that was killed between them goes on from there.
 """
 
 from __future__ import annotations
@@ -21,13 +22,19 @@ import torch
 from bench.harness import measure_model
 from search.data import Corpus
 from search.settings import MEASURED, Settings
-from search.store import Status, write_json
+from search.store import Status, read_json, write_json
 from search.train import DeadlineExceeded, Diverged, train
 from star_core import Genome, LanguageModel, ModelConfig
 from star_core.genome.baselines import transformer_pp
 
 DECODED_TOKENS = 32
 """One-token steps in one sample of the decoding measurement."""
+
+COUNTED = ("peak_memory_bytes",)
+"""What is measured beside other trainings, since nothing that runs there changes it."""
+
+TIMED = tuple(name for name in MEASURED if name not in COUNTED)
+"""What is measured while nothing else runs."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,10 @@ def _train(task: Task, started: float, report: Callable[[int, float], None] | No
         "parameters": float(model.num_parameters()),
         "cache_bytes": float(model.cache_bytes(1, settings.seq_len)),
     }
+    if settings.timed:
+        peak = _peak_bytes(model, settings)
+        reference_peak = _reference_peak_bytes(task, model.config)
+        metrics |= {"peak_memory_bytes": peak, "peak_memory_bytes_ratio": peak / reference_peak}
     weights = task.work / f"{task.genome_hash}.safetensors"
     temporary = weights.with_suffix(".new")
     model.save(temporary)
@@ -154,14 +165,30 @@ def _measure(task: Task, started: float, report: Callable[[int, float], None] | 
     config = _model_config(task, Corpus.load(task.work))
     model = LanguageModel(Genome.parse(task.genome), config, seed=task.seed)
     reference = LanguageModel(transformer_pp(settings.depth), config, seed=task.seed)
-    metrics = measure_model(
-        model,
-        reference,
-        which=MEASURED,
-        vocab_size=config.vocab_size,
-        batch_size=settings.batch_size // settings.accumulation,
-        seq_len=settings.seq_len,
-        decode_tokens=DECODED_TOKENS,
-        seconds=settings.measure_seconds / len(MEASURED),
-    )
+    seconds = settings.measure_seconds / len(MEASURED)
+    metrics = measure_model(model, reference, which=TIMED, seconds=seconds, **_sizes(settings, config))
     return Outcome(Status.OK, metrics, time.monotonic() - started)
+
+
+def _peak_bytes(model: LanguageModel, settings: Settings) -> float:
+    return measure_model(model, None, which=COUNTED, **_sizes(settings, model.config))["peak_memory_bytes"]
+
+
+def _reference_peak_bytes(task: Task, config: ModelConfig) -> float:
+    """Return the reference model's peak, counted once a run: 0.15 s that other candidates need not spend again."""
+    path = task.work / "reference.json"
+    if not path.exists():
+        # Two processes may come here at once: each renames a file of its own, and both hold the same number.
+        own = task.work / f"{task.genome_hash}.reference.json"
+        write_json(own, _peak_bytes(LanguageModel(transformer_pp(task.settings.depth), config), task.settings))
+        own.replace(path)
+    return float(read_json(path))
+
+
+def _sizes(settings: Settings, config: ModelConfig) -> dict[str, int]:
+    return {
+        "vocab_size": config.vocab_size,
+        "batch_size": settings.batch_size // settings.accumulation,
+        "seq_len": settings.seq_len,
+        "decode_tokens": DECODED_TOKENS,
+    }

@@ -4,8 +4,8 @@
     python -m tests.fuzz --seconds 600 --libraries build/sanitize/lib   another build, such as one with sanitizers
 
 Each instruction set that the processor runs gets its share of the time, in a process of its own. A build with
-AddressSanitizer gets the runtime that it needs loaded first. The first failure or crash ends the run with its seed,
-and with the command that repeats it.
+AddressSanitizer gets the runtime that it needs loaded first; `make fuzz` makes one and fuzzes it. The first failure or
+crash ends the run with its seed and with the command that repeats it. The last line says how much was called.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def environment(library: Path) -> dict[str, str]:
     return {**os.environ, **variables}
 
 
-def fuzz(library: Path, seconds: float, first: int, operator: str | None) -> str | None:
-    """Run a worker; return what it reported at its end, or None when it failed or crashed."""
+def fuzz(library: Path, seconds: float, first: int, operator: str | None) -> tuple[int, set[str]] | None:
+    """Run a worker; return how many calls it made and of which operators, or None when it failed or crashed."""
     command = [sys.executable, "-m", "tests.fuzz.worker", f"--seconds={seconds}", f"--first={first}"]
     if operator:
         command.append(f"--operator={operator}")
@@ -66,7 +66,8 @@ def fuzz(library: Path, seconds: float, first: int, operator: str | None) -> str
             last = line.strip()
             seed = int(last.removeprefix("seed ")) if last.startswith("seed ") else seed
     if worker.returncode == 0:
-        return last
+        _, calls, *operators = last.split()
+        return int(calls), set(operators)
     only = f" --operator {operator}" if operator else ""
     isa = library.stem.removeprefix("star_")
     print(
@@ -93,12 +94,15 @@ def main() -> int:
         print(f"{folder} holds no library that this processor runs")
         return 2
     first = int(time.time()) * 1000 if arguments.seed is None else arguments.seed
+    start, calls, operators = time.monotonic(), 0, set[str]()
     for isa in isas:
         print(f"{isa}: {arguments.seconds / len(isas):.0f} s from seed {first}", flush=True)
         ended = fuzz(folder / f"star_{isa}.so", arguments.seconds / len(isas), first, arguments.operator)
         if ended is None:
             return 1
-        print(f"{isa}: {ended.removeprefix('done ')} calls, nothing found", flush=True)
+        calls, operators = calls + ended[0], operators | ended[1]
+    seconds = time.monotonic() - start
+    print(f"{calls} calls of {len(operators)} operators in {seconds:.0f} s on {', '.join(isas)}: nothing found")
     return 0
 
 

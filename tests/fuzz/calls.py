@@ -54,7 +54,7 @@ def _some(draw: Draw, tensors: dict[str, Tensor], **optional: tuple[int, ...]) -
 
 
 def causal_conv1d(draw: Draw, step: bool) -> Call:
-    rows, width, taps = Sequences(draw, step=step), draw.width(), draw.count(1, 7)
+    rows, width, taps = Sequences(draw, step=step), draw.width(), draw.taps()
     tensors = {"x": draw.values(rows.batch, rows.length, width), "weight": draw.values(width, taps)}
     _some(draw, tensors, bias=(width,), initial_state=(rows.states, width, taps - 1))
     options = {**rows.options, "activation": draw.choose((None, "silu", "swish"))}
@@ -62,7 +62,7 @@ def causal_conv1d(draw: Draw, step: bool) -> Call:
 
 
 def gated_short_conv(draw: Draw, step: bool) -> Call:
-    rows, width, taps = Sequences(draw, step=step), draw.width(), draw.count(1, 7)
+    rows, width, taps = Sequences(draw, step=step), draw.width(), draw.taps()
     timed = ("x", "gate_in", "gate_out")
     tensors = {name: draw.values(rows.batch, rows.length, width) for name in timed}
     tensors["weight"] = draw.values(width, taps)
@@ -126,7 +126,7 @@ def selective_scan(draw: Draw, step: bool) -> Call:
 
 def ssd(draw: Draw, step: bool) -> Call:
     rows, groups, size = Sequences(draw, 300, step), draw.choose((1, 1, 2, 3)), draw.choose((1, 2, 5, 16, 17, 33, 64))
-    heads, width = groups * draw.count(1, 3), draw.choose((1, 3, 8, 16, 17, 33, 64))
+    heads, width = groups * draw.count(1, 3), draw.width(65)
     tensors = {"x": draw.values(rows.batch, rows.length, heads, width)}
     softplus = _state_space(draw, tensors, (rows.batch, rows.length, heads))
     tensors["A"] = -draw.uniform(0.0, draw.choose((1.0, 16.0)), heads)
@@ -141,7 +141,7 @@ def ssd(draw: Draw, step: bool) -> Call:
 def _memory(draw: Draw, step: bool) -> tuple[Sequences, tuple[int, int, int], tuple[int, int, int], dict[str, Any]]:
     """Return a batch, the shape of queries and keys, the shape of values, and the options."""
     rows, heads = Sequences(draw, 300, step), draw.count(1, 3)
-    keys, values = (draw.choose((1, 2, 7, 16, 17, 32, 33, 64, 65)) for _ in range(2))
+    keys, values = (draw.width(65) for _ in range(2))
     options = {**rows.options, "scale": draw.choose((None, 0.3, -1.0))}
     return rows, (rows.batch, rows.length, heads, keys), (rows.batch, rows.length, heads, values), options
 
@@ -168,10 +168,10 @@ def gated_delta_rule(draw: Draw, step: bool) -> Call:
 
 def _attention_sizes(draw: Draw) -> dict[str, Any]:
     batch, key_heads = draw.choose((0, 1, 1, 2, 3)), draw.choose((1, 1, 2, 3))
-    queries, keys = (draw.choose((0, 1, 2, 5, 16, 17, 33, 64, 65, 100, 129, 200)) for _ in range(2))
+    queries, keys = draw.length(), draw.length()
     if draw.chance(0.5):
         queries = keys
-    width, value_width = (draw.choose((1, 2, 7, 16, 17, 32, 33, 64, 65, 80)) for _ in range(2))
+    width, value_width = (draw.width() for _ in range(2))
     packing: dict[str, Any] = {}
     if draw.chance(0.3):
         batch = 1

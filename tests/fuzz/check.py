@@ -46,8 +46,8 @@ class Example:
         return "\n".join([self.operator, *lines, f"  gradients of: {wanted or 'nothing'}"])
 
 
-def check_seed(seed: int, operators: list[str], backend: str) -> None:
-    """Draw the example of this seed, run it and compare. Raises AssertionError."""
+def check_seed(seed: int, operators: list[str], backend: str) -> str:
+    """Draw the example of this seed, run it and compare; return the operator that it called. Raises AssertionError."""
     draw = Draw(seed)
     operator = draw.choose(operators)
     call = CALLS[operator](draw, False)
@@ -55,7 +55,7 @@ def check_seed(seed: int, operators: list[str], backend: str) -> None:
     kind = draw.choose(("compare",) * 8 + ("poison", "misfit"))
     if kind == "misfit":
         check_misfit(call, draw, backend)
-        return
+        return operator
     if kind == "poison":
         poison(call, draw)
     example = lay_out(call, draw)
@@ -64,6 +64,7 @@ def check_seed(seed: int, operators: list[str], backend: str) -> None:
     except Exception as error:
         error.add_note(f"seed {seed}, {kind}: {example}")
         raise
+    return operator
 
 
 def lay_out(call: Call, draw: Draw) -> Example:

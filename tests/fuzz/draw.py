@@ -35,8 +35,15 @@ class Draw:
     def width(self, most: int = 130) -> int:
         return self.choose([one for one in WIDTHS if one <= most])
 
+    def length(self) -> int:
+        return self.choose(LENGTHS)
+
+    def taps(self) -> int:
+        """Return the width of a short convolution."""
+        return self.count(1, 7)
+
     def batch_and_length(self, most_tokens: int = 600) -> tuple[int, int]:
-        batch, length = self.choose((0, 1, 1, 1, 2, 3, 5)), self.choose(LENGTHS)
+        batch, length = self.choose((0, 1, 1, 1, 2, 3, 5)), self.length()
         return batch, min(length, most_tokens // max(batch, 1))
 
     def packing(self, length: int) -> Tensor:

@@ -37,14 +37,14 @@ def main() -> None:
     _native.set_nan_fill(True)
     operators = [arguments.operator] if arguments.operator else served(_native.BACKEND)
     print("operators", _native.isa(), *operators, flush=True)
-    end, seed = time.monotonic() + arguments.seconds, arguments.first
+    end, seed, called = time.monotonic() + arguments.seconds, arguments.first, set[str]()
     while True:
         print("seed", seed, flush=True)
-        check_seed(seed, operators, _native.BACKEND)
+        called.add(check_seed(seed, operators, _native.BACKEND))
         seed += 1
         if time.monotonic() >= end:
             break
-    print("done", seed - arguments.first, flush=True)
+    print("done", seed - arguments.first, *sorted(called), flush=True)
 
 
 if __name__ == "__main__":

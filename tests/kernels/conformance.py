@@ -6,7 +6,6 @@ A subclass names the operator, builds its cases in float64 and adds what is its 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, ClassVar
 
@@ -14,120 +13,33 @@ import pytest
 import torch
 from torch import Tensor
 
-import star_kernels
 from tests.kernels import oracles
-
-Outputs = tuple[Tensor, ...]
-HALF = (torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Case:
-    """One call: float64 tensors that are differentiated, by argument name, and the arguments that are not."""
-
-    tensors: dict[str, Tensor]
-    options: dict[str, Any] = field(default_factory=dict)
-
-    def leaves(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Return the tensors as fresh leaves, rounded to `dtype`; states stay at least float32."""
-        wide = torch.promote_types(dtype, torch.float32)
-        return {
-            name: one.to(wide if "state" in name else dtype).clone().requires_grad_()
-            for name, one in self.tensors.items()
-        }
+from tests.kernels.checks import HALF, Case, Outputs, assert_close, assert_rule, call, gradients, same, upstream
+from tests.kernels.kinds import Kinds
 
 
-def call(operator: str, backend: str, tensors: dict[str, Tensor], options: dict[str, Any]) -> Outputs:
-    """Call a public operator and return its outputs as a tuple; skip where the backend does not serve it."""
-    try:
-        result = getattr(star_kernels, operator)(**tensors, **options, backend=backend)
-    except ValueError as error:
-        if str(error).startswith(f"backend={backend!r} does not"):
-            pytest.skip(str(error))
-        raise
-    return result if isinstance(result, tuple) else (result,)
+class OperatorConformance(Kinds):
+    """The suite. `timed` names the tensors (B, T, ...)."""
 
-
-def upstream(outputs: Outputs, seed: int = 7) -> Outputs:
-    """Return random gradients for the outputs, the same for each dtype up to rounding."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    made = (torch.randn(one.shape, generator=generator, dtype=torch.float64, device="cpu") for one in outputs)
-    return tuple(grad.to(one) for grad, one in zip(made, outputs, strict=True))
-
-
-def gradients(outputs: Outputs, leaves: dict[str, Tensor], dy: Outputs | None = None) -> dict[str, Tensor]:
-    """Return the gradient of every leaf (zeros where nothing depends on it)."""
-    names = list(leaves)
-    chosen = dy or upstream(outputs)
-    live = [(one, grad) for one, grad in zip(outputs, chosen, strict=True) if one.requires_grad]
-    if not live:
-        return {name: torch.zeros_like(leaves[name]) for name in names}
-    found = torch.autograd.grad(
-        [one for one, _ in live],
-        [leaves[name] for name in names],
-        [grad for _, grad in live],
-        retain_graph=True,
-        allow_unused=True,
-    )
-    return {name: torch.zeros_like(leaves[name]) if g is None else g for name, g in zip(names, found, strict=True)}
-
-
-def assert_close(got: Tensor, want: Tensor, label: str, tolerance: float = 1e-10) -> None:
-    """Assert shapes equal and errors within `tolerance` of the wanted tensor's largest value."""
-    assert got.shape == want.shape, f"{label}: shape {tuple(got.shape)}, wanted {tuple(want.shape)}"
-    if want.numel():
-        bound = tolerance * max(1.0, want.double().abs().max().item())
-        error = (got.double() - want.double()).abs().max().item()
-        assert error <= bound, f"{label}: error {error:.3e}, bound {bound:.3e}"
-
-
-def assert_rule(got: Tensor, exact: Tensor, plain: Tensor, label: str, factor: float, roundings: float) -> None:
-    """Assert the kernel contract's rule, for the whole tensor and row by row.
-
-    The largest error is at most `factor` times that of the plain formula at the same dtype, plus a floor: one rounding
-    of the row's largest value, one step between subnormal numbers, and some `roundings` of the largest value of all in
-    float32.
-    """
-    assert got.shape == exact.shape, f"{label}: shape {tuple(got.shape)}, wanted {tuple(exact.shape)}"
-    if not exact.numel():
-        return
-    epsilon = torch.finfo(got.dtype).eps
-    error, plain_error = ((one.double() - exact).abs() for one in (got, plain))
-    step = epsilon * torch.finfo(got.dtype).smallest_normal
-    step += roundings * torch.finfo(torch.float32).eps * exact.abs().max()
-    whole = factor * plain_error.max() + epsilon * exact.abs().max() / 2 + step
-    assert error.max() <= whole, f"{label}: error {error.max():.3e}, bound {whole:.3e}"
-    if exact.ndim:
-        floor = epsilon * exact.abs().amax(-1) + step
-        bound = factor * plain_error.amax(-1) + floor
-        worst = (error.amax(-1) - bound).max()
-        assert worst <= 0, f"{label}: a row's error is {worst:.3e} above its bound"
-
-
-class OperatorConformance:
-    """The suite. `timed` names the tensors (B, T, ...); `variants` counts the sets of options that `case` knows."""
-
-    operator: ClassVar[str]
     timed: ClassVar[tuple[str, ...]]
-    variants: ClassVar[int] = 1
+    masks_products: ClassVar[bool] = False
+    """Whether plain torch multiplies the gradients that a mask excludes by zero."""
+
     lengths: ClassVar[tuple[int, ...]] = (1, 2, 3, 17, 65)
     long_lengths: ClassVar[tuple[int, ...]] = (1026, 4099)
     mixes_time: ClassVar[bool] = True
     roundings: ClassVar[float] = 16.0
 
-    def case(self, batch: int, length: int, variant: int) -> Case:
-        """Build a case in float64, the same one for the same arguments."""
-        raise NotImplementedError
+    @property
+    def batched(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Name the tensors with a batch axis first."""
+        return (*self.timed, "initial_state")
 
     def oracle(self, tensors: dict[str, Tensor], options: dict[str, Any]) -> Outputs:
         """Run the slow definition."""
         function: Callable[..., Any] = getattr(oracles, self.operator)
         result = function(**tensors, **options)
         return result if isinstance(result, tuple) else (result,)
-
-    def run(self, backend: str, leaves: dict[str, Tensor], options: dict[str, Any]) -> Outputs:
-        """Call the operator."""
-        return call(self.operator, backend, leaves, options)
 
     def test_matches_the_token_loop(self, backend: str, length: int, variant: int) -> None:
         case = self.case(2, length, variant)
@@ -170,42 +82,6 @@ class OperatorConformance:
             rough = rough_found[name].to(leaf.dtype)
             assert_rule(found[name], want_found[name], rough, f"gradient of {name}", 3.0, self.roundings)
 
-    def test_gradcheck(self, backend: str, variant: int) -> None:
-        case = self.case(2, 3, variant)
-        names = list(case.tensors)
-
-        def function(*values: Tensor) -> Outputs:
-            return self.run(backend, dict(zip(names, values, strict=True)), case.options)
-
-        leaves = case.leaves(torch.float64)
-        assert torch.autograd.gradcheck(function, [leaves[name] for name in names], fast_mode=True)
-
-    def test_strides_do_not_matter(self, backend: str) -> None:
-        case = self.case(2, 9, 0)
-        want_leaves = case.leaves(torch.float64)
-        want = self.run(backend, want_leaves, case.options)
-        want_gradients = gradients(want, want_leaves)
-        for lay_out in (reversed_axes, offset_slices):
-            leaves = {name: lay_out(one.detach()).requires_grad_() for name, one in want_leaves.items()}
-            outputs = self.run(backend, leaves, case.options)
-            found = gradients(outputs, leaves)
-            for index, (got, expected) in enumerate(zip(outputs, want, strict=True)):
-                assert_close(got, expected, f"output {index}, {lay_out.__name__}", 1e-12)
-            for name in leaves:
-                assert_close(found[name], want_gradients[name], f"gradient of {name}, {lay_out.__name__}", 1e-12)
-
-    def test_gradient_strides_do_not_matter(self, backend: str) -> None:
-        """`y.sum().backward()` sends a gradient whose strides are all zero."""
-        case = self.case(2, 9, 0)
-        leaves = case.leaves(torch.float64)
-        outputs = self.run(backend, leaves, case.options)
-        dense = gradients(outputs, leaves, tuple(torch.ones_like(one) for one in outputs))
-        flat = gradients(outputs, leaves, tuple(torch.ones((), dtype=one.dtype).expand_as(one) for one in outputs))
-        turned = gradients(outputs, leaves, tuple(reversed_axes(torch.ones_like(one)) for one in outputs))
-        for name in leaves:
-            assert_close(flat[name], dense[name], f"gradient of {name}", 1e-12)
-            assert_close(turned[name], dense[name], f"gradient of {name}", 1e-12)
-
     @pytest.mark.parametrize(("batch", "tokens"), [(0, 5), (2, 0), (0, 0)])
     def test_empty_axes(self, backend: str, batch: int, tokens: int) -> None:
         case = self.case(batch, tokens, 0)
@@ -220,43 +96,6 @@ class OperatorConformance:
             assert torch.equal(outputs[1], leaves["initial_state"])
         for name, gradient in gradients(outputs, leaves).items():
             assert gradient.isfinite().all(), name
-
-    def test_repeats_bit_equal_and_leaves_inputs_alone(self, backend: str) -> None:
-        case = self.case(2, 17, 0)
-        leaves = case.leaves(torch.float32)
-        before = {name: one.detach().clone() for name, one in leaves.items()}
-        first, second = self.run(backend, leaves, case.options), self.run(backend, leaves, case.options)
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-        first_gradients, second_gradients = gradients(first, leaves), gradients(second, leaves)
-        again = gradients(first, leaves)
-        for name, one in leaves.items():
-            assert torch.equal(first_gradients[name], second_gradients[name]), name
-            assert torch.equal(first_gradients[name], again[name]), f"{name}, second backward"
-            assert torch.equal(one, before[name]), f"{name} was modified"
-
-    def test_one_thread_equals_two(self, backend: str) -> None:
-        """Bit for bit, but for the reference, whose matrix products are torch's."""
-        tolerance = 1e-6 if backend == "reference" else 0.0
-        case = self.case(4, 65, 0)
-        leaves = case.leaves(torch.float32)
-        two = self.run(backend, leaves, case.options)
-        two_gradients = gradients(two, leaves)
-        torch.set_num_threads(1)
-        one = self.run(backend, leaves, case.options)
-        one_gradients = gradients(one, leaves)
-        for index, (got, want) in enumerate(zip(one, two, strict=True)):
-            assert_close(got, want, f"output {index}", tolerance)
-        for name in leaves:
-            assert_close(one_gradients[name], two_gradients[name], f"gradient of {name}", tolerance)
-
-    def test_a_row_alone_equals_the_row_in_a_batch(self, backend: str) -> None:
-        case = self.case(3, 17, 0)
-        leaves = case.leaves(torch.float64)
-        whole = self.run(backend, leaves, case.options)
-        batched = {*self.timed, "initial_state"}
-        alone = {name: one[1:2] if name in batched else one for name, one in leaves.items()}
-        for got, want in zip(self.run(backend, alone, case.options), whole, strict=True):
-            assert_close(got, want[1:2], "row", 1e-13)
 
     def test_nan_stays_behind_its_token(self, backend: str) -> None:
         """NaN at token t changes no earlier token, no other row and no gradient of another row, and shows at t."""
@@ -282,30 +121,24 @@ class OperatorConformance:
                     for other in self.timed:
                         assert same(found[other][row], clean_gradients[other][row]), f"{name} at {at}: d{other}"
 
-    def test_autocast_changes_nothing(self, backend: str) -> None:
+    def test_nan_gradient_stays_before_its_token(self, backend: str) -> None:
+        """NaN in the gradient of token t changes no gradient of a later token, bit for bit."""
+        if backend == "reference" and self.masks_products:
+            return
         case = self.case(2, 9, 0)
         leaves = case.leaves(torch.float32)
-        want = self.run(backend, leaves, case.options)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            got = self.run(backend, leaves, case.options)
-        for one, expected in zip(got, want, strict=True):
-            assert one.dtype == expected.dtype
-            assert torch.equal(one, expected)
-
-    def test_offsets_above_two_to_the_31(self, backend: str) -> None:
-        """A stride of 2**31 elements; the memory between the rows is never touched, so it costs nothing."""
-        case = self.case(2, 3, 0)
-        leaves = {name: one.detach() for name, one in case.leaves(torch.bfloat16).items()}
-        want = self.run(backend, leaves, case.options)
-        name = self.timed[0]
-        torch.utils.deterministic.fill_uninitialized_memory = False
-        row = leaves[name][0]
-        far = torch.empty(2**31 + row.numel(), dtype=row.dtype).as_strided(
-            leaves[name].shape, (2**31, *row.contiguous().stride())
-        )
-        far.copy_(leaves[name])
-        for got, expected in zip(self.run(backend, {**leaves, name: far}, case.options), want, strict=True):
-            assert_close(got, expected, "output", 1e-6)
+        outputs = self.run(backend, leaves, case.options)
+        dy, *rest = upstream(outputs)
+        clean = gradients(outputs, leaves, (dy, *rest))
+        for at in (0, 4, 7):
+            bad = dy.clone()
+            bad[1, at] = float("nan")
+            found = gradients(outputs, leaves, (bad, *rest))
+            assert any(found[name].isnan().any() for name in self.timed), f"no NaN in a gradient, from token {at}"
+            for name in self.timed:
+                assert same(found[name][1, at + 1 :], clean[name][1, at + 1 :]), f"d{name} after token {at}"
+                if not self.mixes_time:
+                    assert same(found[name][1, :at], clean[name][1, :at]), f"d{name} before token {at}"
 
 
 class PackedConformance(OperatorConformance):
@@ -342,6 +175,42 @@ class PackedConformance(OperatorConformance):
         found, want_found = gradients(outputs, leaves), gradients(want, separate)
         for name in leaves:
             assert_close(found[name], want_found[name], f"gradient of {name}", 1e-9)
+
+    def test_nan_stays_in_its_sequence(self, backend: str) -> None:
+        """In an input, a state or a gradient that comes in: no bit of the packed sequences beside it changes."""
+        ends = [0, 2, 2, 6, 9]
+        first, last, number = ends[2], ends[3], 2
+        case = self.case(1, ends[-1], 0)
+        tensors = dict(case.tensors)
+        if "initial_state" in tensors:
+            tensors["initial_state"] = self.case(len(ends) - 1, 3, 0).tensors["initial_state"]
+        leaves = Case(tensors).leaves(torch.float32)
+        options = {**case.options, **self.packing(torch.tensor(ends))}
+        clean = self.run(backend, leaves, options)
+        dy = upstream(clean)
+        clean_gradients = gradients(clean, leaves, dy)
+        tokens, states = torch.ones(ends[-1], dtype=torch.bool), torch.ones(len(ends) - 1, dtype=torch.bool)
+        tokens[first:last] = False
+        states[number] = False
+
+        def check(outputs: Outputs, found: dict[str, Tensor], label: str) -> None:
+            assert same(outputs[0][:, tokens], clean[0][:, tokens]), f"{label}: another sequence's output"
+            for got, want in zip(outputs[1:], clean[1:], strict=True):
+                assert same(got[states], want[states]), f"{label}: another sequence's state"
+            for name in (one for one in self.batched if one in leaves):
+                kept = states if name == "initial_state" else (slice(None), tokens)
+                assert same(found[name][kept], clean_gradients[name][kept]), f"{label}: d{name}"
+
+        for name in (one for one in self.batched if one in leaves):
+            value = leaves[name].detach().clone()
+            value[(number,) if name == "initial_state" else (0, slice(first, last))] = float("nan")
+            poisoned = {**leaves, name: value.requires_grad_()}
+            outputs = self.run(backend, poisoned, options)
+            check(outputs, gradients(outputs, poisoned, dy), f"NaN in {name}")
+        for index in range(len(dy)):
+            bad = [one.clone() for one in dy]
+            bad[index][(0, slice(first, last)) if index == 0 else (number,)] = float("nan")
+            check(clean, gradients(clean, leaves, tuple(bad)), f"NaN in gradient {index}")
 
     def test_no_sequence_at_all(self, backend: str) -> None:
         case = self.case(1, 0, 0)
@@ -412,24 +281,3 @@ class RecurrentConformance(PackedConformance):
             self.run(backend, absent, case.options), self.run(backend, zeroed, case.options), strict=True
         ):
             assert_close(got, want, "output", 1e-13)
-
-
-def same(got: Tensor, want: Tensor) -> bool:
-    """Whether two tensors are bit-identical."""
-    return torch.equal(got, want)
-
-
-def reversed_axes(x: Tensor) -> Tensor:
-    """Return x's values laid out with the axes in reverse order."""
-    order = tuple(reversed(range(x.ndim)))
-    return x.permute(order).contiguous().permute(order)
-
-
-def offset_slices(x: Tensor) -> Tensor:
-    """Return x's values cut out of a larger buffer at storage offset 1, with NaN all around."""
-    if x.ndim == 0:
-        return torch.stack([torch.full_like(x, float("nan")), x])[1]
-    buffer = torch.full((*(size + 2 for size in x.shape[:-1]), 2 * x.shape[-1] + 1), float("nan"), dtype=x.dtype)
-    view = buffer[(*(slice(1, size + 1) for size in x.shape[:-1]), slice(1, 2 * x.shape[-1] + 1, 2))]
-    view.copy_(x)
-    return view

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,7 +11,8 @@ from torch.nn import functional
 
 import star_kernels
 from tests.kernels import oracles
-from tests.kernels.conformance import Case, PackedConformance, assert_close, call, gradients
+from tests.kernels.checks import Case, assert_close, call, gradients
+from tests.kernels.conformance import PackedConformance
 from tests.kernels.samples import normal
 
 
@@ -32,7 +33,11 @@ class _Packed(PackedConformance):
 
 class TestAttention(_Packed):
     operator = "attention"
+    masks_products = True
     timed = ("q", "k", "v")
+    axes = ({"q": 3, "k": 3}, {"v": 3}, {"q": 1}, {"k": 1, "v": 1})
+    lanes: ClassVar[dict[str, int]] = {"q": 2, "k": 2, "v": 2, "sinks": 0}
+    lane_variant = 1  # a head of keys for each of queries
     variants = 7
     lengths = (1, 2, 3, 17, 33)
     long_lengths = (130,)  # the oracle is quadratic
@@ -127,7 +132,11 @@ class TestAttention(_Packed):
 
 class TestDifferentialAttention(_Packed):
     operator = "differential_attention"
+    masks_products = True
     timed = ("q1", "k1", "q2", "k2", "v")
+    axes = ({"q1": 3, "k1": 3, "q2": 3, "k2": 3}, {"v": 3}, {"q1": 1, "q2": 1}, {"k1": 1, "k2": 1, "v": 1})
+    lanes: ClassVar[dict[str, int]] = {"q1": 2, "k1": 2, "q2": 2, "k2": 2, "v": 2, "lam": 0}
+    lane_variant = 1  # a head of keys for each of queries
     variants = 3
     lengths = (1, 2, 17)
     long_lengths = (65,)

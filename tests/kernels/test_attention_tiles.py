@@ -11,13 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from star_kernels import _native, attention, attention_step, differential_attention
-from tests.kernels.conformance import assert_close, call, gradients, same
+from star_kernels import _native, _triton, attention, attention_step, differential_attention
+from tests.kernels.checks import assert_close, call, gradients, same
 from tests.kernels.samples import normal
 
-pytestmark = pytest.mark.skipif(not _native.available(), reason="no compiled library")
+pytestmark = pytest.mark.skipif(
+    not _native.available() and not _triton.interpreting(), reason="neither a compiled library nor Triton's interpreter"
+)
+compiled_alone = pytest.mark.skipif(_triton.interpreting(), reason="is about the compiled library")
 
-CPP = "cpp"
+TILED = "triton" if _triton.interpreting() else "cpp"
 NAN = float("nan")
 
 # Tq, Tk, Hq, Hk, D, Dv, options
@@ -63,7 +66,7 @@ def test_matches_the_reference(shape: str, sinks: bool) -> None:
     *sizes, options = SHAPES[shape]
     tensors = inputs(*sizes) | ({"sinks": normal("sinks", sizes[2])} if sinks else {})
     own, exact = leaves(tensors), leaves(tensors)
-    (o,), (want,) = (call("attention", one, x, options) for one, x in ((CPP, own), ("reference", exact)))
+    (o,), (want,) = (call("attention", one, x, options) for one, x in ((TILED, own), ("reference", exact)))
     assert_close(o, want, "o", 1e-12)
     found, expected = gradients((o,), own), gradients((want,), exact)
     for name in own:
@@ -74,7 +77,7 @@ def test_matches_the_reference(shape: str, sinks: bool) -> None:
 def test_differential_matches_the_reference(shape: str) -> None:
     *sizes, options = SHAPES[shape]
     own, exact = paired(inputs(*sizes)), paired(inputs(*sizes))
-    (o,), (want,) = (call("differential_attention", one, x, options) for one, x in ((CPP, own), ("reference", exact)))
+    (o,), (want,) = (call("differential_attention", one, x, options) for one, x in ((TILED, own), ("reference", exact)))
     assert_close(o, want, "o", 1e-12)
     found, expected = gradients((o,), own), gradients((want,), exact)
     for name in own:
@@ -87,7 +90,7 @@ def test_lower_precisions_stay_close(shape: str, dtype: torch.dtype, tolerance: 
     *sizes, options = SHAPES[shape]
     for operator, own in every_operator(inputs(*sizes), dtype):
         exact = {name: one.detach().double().requires_grad_() for name, one in own.items()}
-        (o,), (want,) = call(operator, CPP, own, options), call(operator, "reference", exact, options)
+        (o,), (want,) = call(operator, TILED, own, options), call(operator, "reference", exact, options)
         assert_close(o, want, "o", tolerance)
         dy = (normal("dy", *o.shape).to(dtype),)
         found, expected = gradients((o,), own, dy), gradients((want,), exact, (dy[0].double(),))
@@ -95,6 +98,7 @@ def test_lower_precisions_stay_close(shape: str, dtype: torch.dtype, tolerance: 
             assert_close(found[name], expected[name], f"{operator}: gradient of {name}", tolerance)
 
 
+@compiled_alone
 @pytest.mark.parametrize("key_heads", [1, 3])
 @pytest.mark.parametrize("window", [None, 70])
 def test_threads_do_not_change_a_bit(key_heads: int, window: int | None) -> None:
@@ -104,7 +108,7 @@ def test_threads_do_not_change_a_bit(key_heads: int, window: int | None) -> None
         results = []
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            (o,) = call(operator, CPP, own, {"window": window})
+            (o,) = call(operator, TILED, own, {"window": window})
             results.append({"o": o, **gradients((o,), own)})
         for name, one in results[0].items():
             assert torch.equal(one, results[1][name]), f"{operator}: {name}"
@@ -114,7 +118,7 @@ def test_a_row_alone_is_bit_equal() -> None:
     for operator, own in every_operator(inputs(200, 200, 2, 1, 16, 16), torch.float32):
         alone = {n: one.detach()[1:] if n != "lam" else one.detach() for n, one in own.items()}
         alone = {n: one.requires_grad_() for n, one in alone.items()}
-        (o,), (o_alone,) = call(operator, CPP, own, {}), call(operator, CPP, alone, {})
+        (o,), (o_alone,) = call(operator, TILED, own, {}), call(operator, TILED, alone, {})
         dy = normal("dy", *o.shape).float()
         assert torch.equal(o[1:], o_alone)
         found, found_alone = gradients((o,), own, (dy,)), gradients((o_alone,), alone, (dy[1:],))
@@ -128,7 +132,7 @@ def test_a_row_alone_is_bit_equal() -> None:
 def test_nan_moves_forward_only(at: int, window: int | None) -> None:
     tensors = {name: one[:1] for name, one in inputs(200, 200, 2, 1, 8, 8).items()}
     for operator, own in every_operator(tensors, torch.float32):
-        (clean,) = call(operator, CPP, own, {"window": window})
+        (clean,) = call(operator, TILED, own, {"window": window})
         dy = normal("dy", *clean.shape).float()
         dy[:, at:] = 0
         want = gradients((clean,), own, (dy,))
@@ -138,7 +142,7 @@ def test_nan_moves_forward_only(at: int, window: int | None) -> None:
             value = own[name].detach().clone()
             value[:, at] = NAN
             poisoned = {**own, name: value.requires_grad_()}
-            (o,) = call(operator, CPP, poisoned, {"window": window})
+            (o,) = call(operator, TILED, poisoned, {"window": window})
             assert same(o[:, :at], clean[:, :at]), f"{operator}: {name}"
             assert o[:, at].isnan().any(), f"{operator}: {name}"
             if window is not None:
@@ -153,7 +157,7 @@ def test_nan_moves_forward_only(at: int, window: int | None) -> None:
 def test_nan_gradient_reaches_no_later_key(at: int) -> None:
     tensors = {name: one[:1] for name, one in inputs(200, 200, 2, 1, 8, 8).items()}
     for operator, own in every_operator(tensors, torch.float32):
-        (o,) = call(operator, CPP, own, {})
+        (o,) = call(operator, TILED, own, {})
         dy = normal("dy", *o.shape).float()
         want = gradients((o,), own, (dy,))
         poisoned = dy.clone()
@@ -174,7 +178,7 @@ def test_packed_sequences_over_tiles() -> None:
     tensors = {name: one[:1] for name, one in inputs(400, 400, 2, 1, 8, 8).items()}
     for operator, own in every_operator(tensors, torch.float64):
         exact = {name: one.detach().clone().requires_grad_() for name, one in own.items()}
-        (o,), (want,) = call(operator, CPP, own, packing), call(operator, "reference", exact, packing)
+        (o,), (want,) = call(operator, TILED, own, packing), call(operator, "reference", exact, packing)
         assert_close(o, want, "o", 1e-12)
         found, expected = gradients((o,), own), gradients((want,), exact)
         for name in own:
@@ -187,7 +191,7 @@ def test_scores_of_ten_thousand_keep_their_gradient() -> None:
     own, exact = leaves(tensors, torch.float32), leaves(tensors)
     exact = {name: own[name].detach().double().requires_grad_() for name in exact}
     options = {"scale": 3000.0}
-    (o,), (want,) = call("attention", CPP, own, options), call("attention", "reference", exact, options)
+    (o,), (want,) = call("attention", TILED, own, options), call("attention", "reference", exact, options)
     sharp = (
         torch.softmax(3000.0 * (exact["q"][0, :, 0] @ exact["k"][0, :, 0].T).detach().tril(), -1).amax(-1) > 1 - 1e-9
     )
@@ -202,13 +206,13 @@ def test_step_joins_the_parts_of_a_long_cache(held: int, window: int | None) -> 
     q, k, v = tensors["q"][:, 0], tensors["k"], tensors["v"]
     step = {"q": q, "k": k, "v": v, "sinks": normal("sinks", 4)}
     options = {"window": window, "length": held}
-    (o,), (want,) = (call("attention_step", one, step, options) for one in (CPP, "reference"))
+    (o,), (want,) = (call("attention_step", one, step, options) for one in (TILED, "reference"))
     assert_close(o, want, "o", 1e-12)
     single = {name: one.float() for name, one in step.items()}
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        results.append(call("attention_step", CPP, single, options)[0])
+        results.append(call("attention_step", TILED, single, options)[0])
     assert_close(results[0], want, "o", 2e-6)
     assert torch.equal(*results)
 
@@ -219,12 +223,13 @@ def test_step_gradients_match_the_reference(options: dict[str, Any]) -> None:
     tensors["q"] = tensors["q"][:, 0]
     own, exact = leaves(tensors), leaves(tensors)
     options = {**options, "length": torch.tensor([33, 0])}
-    (o,), (want,) = (call("attention_step", one, x, options) for one, x in ((CPP, own), ("reference", exact)))
+    (o,), (want,) = (call("attention_step", one, x, options) for one, x in ((TILED, own), ("reference", exact)))
     found, expected = gradients((o,), own), gradients((want,), exact)
     for name in own:
         assert_close(found[name], expected[name], f"gradient of {name}", 1e-11)
 
 
+@compiled_alone
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_opcheck(dtype: torch.dtype) -> None:
     tensors = leaves(inputs(5, 5, 4, 2, 8, 6), dtype)
@@ -242,6 +247,7 @@ def test_opcheck(dtype: torch.dtype) -> None:
     torch.library.opcheck(ops.attention_step.default, (newest, k, v, None, lengths, -1, 2, 0.4, 2.0))
 
 
+@compiled_alone
 def test_compiled_graphs_hold_every_operator() -> None:
     """One graph without a break, forward and backward, for five lengths."""
     sinks, lam = normal("sinks", 4).float(), normal("lam", 4).float()
@@ -263,6 +269,7 @@ def test_compiled_graphs_hold_every_operator() -> None:
             assert_close(own[name].grad, exact[name].grad, f"gradient of {name}", 1e-5)
 
 
+@compiled_alone
 @pytest.mark.parametrize(
     ("message", "change"),
     [
@@ -283,6 +290,7 @@ def test_the_operator_refuses_what_the_public_function_would(message: str, chang
         torch.ops.star_kernels.attention(x["q"], x["k"], x["v"], x["sinks"], x["ends"], x["ends"], True, 0, 1.0, 0.0)
 
 
+@compiled_alone
 @pytest.mark.parametrize("lengths", [torch.tensor([6]), torch.tensor([-1])])
 def test_the_step_refuses_lengths_outside_the_cache(lengths: Tensor) -> None:
     with pytest.raises((ValueError, RuntimeError), match="length must be from 0 to the cache's size"):

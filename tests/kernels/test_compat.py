@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from star_kernels import compat
 from tests.kernels import oracles
-from tests.kernels.conformance import assert_close
+from tests.kernels.checks import assert_close
 from tests.kernels.samples import normal, uniform
 
 # The signatures of causal-conv1d 1.7.0, mamba-ssm 2.3.2, flash-linear-attention 0.6.0 and flash-attn 2.8.3.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from star_kernels import compat
 from tests.kernels import oracles
-from tests.kernels.conformance import assert_close
+from tests.kernels.checks import assert_close
 from tests.kernels.samples import normal, uniform
 
 INDEX = [[0, 0, 0, 1, 1, 2, 2], [5, 5, 5, 5, 5, 5, 5]]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from star_kernels import compat
-from tests.kernels.conformance import assert_close
+from tests.kernels.checks import assert_close
 from tests.kernels.samples import normal, uniform
 from tests.kernels.test_compat import SIGNATURES, signature
 

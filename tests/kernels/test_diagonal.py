@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 import star_kernels
 from tests.kernels import oracles
-from tests.kernels.conformance import Case, RecurrentConformance, assert_close, call, gradients
+from tests.kernels.checks import Case, assert_close, call, gradients
+from tests.kernels.conformance import RecurrentConformance
 from tests.kernels.samples import normal, uniform
 
 
 class TestDiagonalScan(RecurrentConformance):
     operator = "diagonal_scan"
     timed = ("decay", "x")
+    axes = ({"decay": 2, "x": 2, "initial_state": 1},)
+    lanes = axes[0]
     variants = 3
     long_lengths = (1026,)
 
@@ -55,6 +59,8 @@ class TestDiagonalScan(RecurrentConformance):
 class TestRGLRU(RecurrentConformance):
     operator = "rg_lru"
     timed = ("x", "recurrence_gate", "input_gate")
+    axes = ({"x": 2, "recurrence_gate": 2, "input_gate": 2, "log_lambda": 0, "initial_state": 1},)
+    lanes = axes[0]
     variants = 2
     long_lengths = (1026,)
 
@@ -80,12 +86,14 @@ class TestRGLRU(RecurrentConformance):
         }
         leaves = {name: one.requires_grad_() for name, one in tensors.items()}
         exact = {name: one.detach().double().requires_grad_() for name, one in tensors.items()}
-        outputs, want = call("rg_lru", backend, leaves, {"c": 1.0}), oracles.rg_lru(**exact, c=1.0)
-        found, expected = gradients(outputs, leaves), gradients(want, exact)
-        for got, one in zip(outputs, want, strict=True):
-            assert ((got.double() - one) / one).abs().max() < 1e-5
-        for name in ("x", "log_lambda"):
-            assert ((found[name].double() - expected[name]) / expected[name]).abs().max() < 1e-4, name
+        want = oracles.rg_lru(**exact, c=1.0)
+        expected = gradients(want, exact)
+        for outputs in (call("rg_lru", backend, leaves, {"c": 1.0}), by_steps(backend, leaves, {"c": 1.0})):
+            found = gradients(outputs, leaves)
+            for got, one in zip(outputs, want, strict=True):
+                assert ((got.double() - one) / one).abs().max() < 1e-5
+            for name in ("x", "log_lambda"):
+                assert ((found[name].double() - expected[name]) / expected[name]).abs().max() < 1e-4, name
 
     def test_gradient_is_finite_where_nothing_decays(self, backend: str) -> None:
         leaves = {
@@ -96,10 +104,10 @@ class TestRGLRU(RecurrentConformance):
             "initial_state": torch.full((1, 2), 5.0),
         }
         leaves = {name: one.requires_grad_() for name, one in leaves.items()}
-        h, final = call("rg_lru", backend, leaves, {})
-        assert torch.equal(h, torch.full((1, 3, 2), 5.0))
-        for name, gradient in gradients((h, final), leaves).items():
-            assert gradient.isfinite().all(), name
+        for h, final in (call("rg_lru", backend, leaves, {}), by_steps(backend, leaves, {})):
+            assert torch.equal(h, torch.full((1, 3, 2), 5.0))
+            for name, gradient in gradients((h, final), leaves).items():
+                assert gradient.isfinite().all(), name
 
     def test_extreme_gates(self, backend: str) -> None:
         """A closed recurrence gate keeps the state; a decay of exp(-8e3) drops it."""
@@ -113,6 +121,19 @@ class TestRGLRU(RecurrentConformance):
         }
         h, _ = call("rg_lru", backend, tensors, {})
         assert torch.equal(h.flatten(), torch.tensor([7.0, 1.0]))
+
+
+def by_steps(backend: str, tensors: dict[str, Tensor], options: dict[str, float]) -> tuple[Tensor, Tensor]:
+    """Run the RG-LRU a token at a time; return what one call returns."""
+    timed = TestRGLRU.timed
+    state = tensors.get("initial_state", torch.zeros_like(tensors["x"][:, 0]))
+    outputs = []
+    for t in range(tensors["x"].shape[1]):
+        token = {name: tensors[name][:, t] for name in timed}
+        given = {"state": state, **token, "log_lambda": tensors["log_lambda"]}
+        h, state = call("rg_lru_step", backend, given, options)
+        outputs.append(h)
+    return torch.stack(outputs, dim=1), state
 
 
 X, STATE = torch.zeros(2, 5, 3), torch.zeros(2, 3)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import star_kernels
 from star_kernels import _installed, compat
-from tests.kernels.conformance import assert_close
+from tests.kernels.checks import assert_close
 from tests.kernels.samples import normal
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.conformance import assert_close, assert_rule, call, gradients, upstream
+from tests.kernels.checks import assert_close, assert_rule, call, gradients, upstream
 from tests.kernels.samples import normal
 
 TIMED = ("x", "gate_in", "gate_out")

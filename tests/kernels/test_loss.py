@@ -11,7 +11,7 @@ from torch import Tensor
 import star_kernels
 from star_kernels.loss import reference
 from tests.kernels import oracles
-from tests.kernels.conformance import assert_close, assert_rule, call, gradients, offset_slices, reversed_axes
+from tests.kernels.checks import assert_close, assert_rule, call, gradients, offset_slices, reversed_axes
 from tests.kernels.samples import integers, normal
 
 
@@ -107,6 +107,22 @@ def test_no_rows(backend: str, reduction: str) -> None:
     leaves = tensors(0, 3, 7)
     loss = loss_of(backend, leaves, torch.zeros(0, dtype=torch.int64), reduction=reduction)
     assert loss.shape == ((0,) if reduction == "none" else ())
+    assert loss.isnan().all() if reduction == "mean" else (loss == 0).all()
+    for name, gradient in gradients((loss,), leaves).items():
+        assert torch.equal(gradient, torch.zeros_like(gradient)), name
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_no_channel_and_no_token(backend: str, reduction: str) -> None:
+    """Without channels the logits are the bias; without a vocabulary every target is ignored."""
+    leaves, exact = tensors(4, 0, 7), tensors(4, 0, 7)
+    targets = integers("targets", 4, high=7)
+    loss = loss_of(backend, leaves, targets, reduction=reduction)
+    want = oracles.linear_cross_entropy(**exact, targets=targets, reduction=reduction)
+    assert_close(loss, want, "loss", 1e-12)
+    assert_close(gradients((loss,), leaves)["bias"], gradients((want,), exact)["bias"], "gradient of bias", 1e-12)
+    leaves = tensors(4, 3, 0)
+    loss = loss_of(backend, leaves, torch.full((4,), -100), reduction=reduction)
     assert loss.isnan().all() if reduction == "mean" else (loss == 0).all()
     for name, gradient in gradients((loss,), leaves).items():
         assert torch.equal(gradient, torch.zeros_like(gradient)), name

@@ -12,7 +12,7 @@ from torch import Tensor
 import star_kernels
 from star_kernels import _native
 from tests.kernels import oracles
-from tests.kernels.conformance import Case, assert_close, assert_rule, call, gradients, same, upstream
+from tests.kernels.checks import Case, assert_close, assert_rule, call, gradients, same, upstream
 from tests.kernels.samples import normal, uniform
 
 pytestmark = pytest.mark.skipif(not _native.available(), reason=f"no compiled operators: {_native.reason()}")
@@ -265,3 +265,22 @@ def test_a_backward_without_kept_states_is_refused(operator: str) -> None:
     assert kept.numel() == 0
     with pytest.raises(ValueError, match="a backward needs the states that a forward with keep=True returns"):
         y.sum().backward()
+
+
+@pytest.mark.parametrize("bounds", [None, (0, 40, 40, 560, 600)])
+def test_ssd_backward_in_windows(bounds: tuple[int, ...] | None) -> None:
+    """States of 1 MB in 8 chunks, so that the gradients of a sequence of more than that come in two windows."""
+    chosen = case("ssd", 1, 600, heads=8, keys=64, values=64)
+    tensors, options = dict(chosen.tensors), dict(chosen.options)
+    tensors["B"], tensors["C"] = tensors["B"] / 8, tensors["C"] / 8
+    if bounds is not None:
+        tensors["initial_state"] = normal("states", len(bounds) - 1, 8, 64, 64)
+        options["cu_seqlens"] = torch.tensor(bounds)
+    found: list[dict[str, Tensor]] = []
+    for backend in ("cpp", "reference"):
+        leaves = {name: tensor.float().requires_grad_() for name, tensor in tensors.items()}
+        outputs = call("ssd", backend, leaves, options)
+        found.append(gradients(outputs, leaves, upstream(outputs)))
+    for name, expected in found[1].items():
+        error = (found[0][name] - expected).abs().max() / expected.abs().max()
+        assert error < 1e-5, f"d{name}: {error:.1e} of the largest"

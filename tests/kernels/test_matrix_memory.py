@@ -10,7 +10,8 @@ from torch import Tensor
 
 import star_kernels
 from tests.kernels import oracles
-from tests.kernels.conformance import Case, RecurrentConformance, assert_close, call, gradients
+from tests.kernels.checks import Case, assert_close, call, gradients
+from tests.kernels.conformance import RecurrentConformance
 from tests.kernels.samples import normal, uniform
 
 SIZES = ((3, 4, 5), (1, 1, 1), (2, 7, 3))
@@ -18,7 +19,14 @@ SIZES = ((3, 4, 5), (1, 1, 1), (2, 7, 3))
 
 class TestGatedLinearAttention(RecurrentConformance):
     operator = "gated_linear_attention"
+    masks_products = True
     timed = ("q", "k", "v", "log_decay")
+    axes = (
+        {"q": 2, "k": 2, "v": 2, "log_decay": 2, "initial_state": 1},
+        {"q": 3, "k": 3, "log_decay": 3, "initial_state": 2},
+        {"v": 3, "initial_state": 3},
+    )
+    lanes = axes[0]
     variants = 3
     long_lengths = (1026,)
     lengths = (1, 2, 3, 15, 16, 17, 65)
@@ -47,7 +55,14 @@ class TestGatedLinearAttention(RecurrentConformance):
 
 class TestGatedDeltaRule(RecurrentConformance):
     operator = "gated_delta_rule"
+    masks_products = True
     timed = ("q", "k", "v", "log_decay", "beta")
+    axes = (
+        {"q": 2, "k": 2, "v": 2, "log_decay": 2, "beta": 2, "initial_state": 1},
+        {"q": 3, "k": 3, "initial_state": 2},
+        {"v": 3, "initial_state": 3},
+    )
+    lanes = axes[0]
     variants = 3
     long_lengths = (1026,)
     lengths = (1, 2, 3, 17, 63, 64, 65, 129)

@@ -7,12 +7,15 @@ import torch
 from torch.nn import functional
 
 import star_kernels
-from tests.kernels.conformance import Case, OperatorConformance, assert_close, call
+from tests.kernels.checks import Case, assert_close, call
+from tests.kernels.conformance import OperatorConformance
 from tests.kernels.samples import normal
 
 
 class _GatedUnit(OperatorConformance):
     timed = ("gate", "up")
+    axes = ({"gate": 2, "up": 2},)
+    lanes = axes[0]
     mixes_time = False
 
     def case(self, batch: int, length: int, variant: int) -> Case:
@@ -77,6 +80,7 @@ class TestChannelMix(OperatorConformance):
     operator = "channel_mix"
     timed = ("x",)
     variants = 4
+    torch_variants = (2,)
     mixes_time = False
 
     def case(self, batch: int, length: int, variant: int) -> Case:
@@ -92,6 +96,14 @@ class TestChannelMix(OperatorConformance):
         x, weight = normal("x", 5, 12), normal("weight", 3, 4, 4)
         (y,) = call("channel_mix", backend, {"x": x, "weight": weight}, {})
         assert_close(y, functional.linear(x, torch.block_diag(*weight)), "y", 1e-12)
+
+    @pytest.mark.parametrize("shape", [(0,), (0, 0), (3, 0, 0)], ids=str)
+    def test_no_channel_at_all(self, backend: str, shape: tuple[int, ...]) -> None:
+        x, weight = torch.zeros(2, 5, 0, requires_grad=True), torch.zeros(shape, requires_grad=True)
+        (y,) = call("channel_mix", backend, {"x": x, "weight": weight}, {})
+        dx, dweight = torch.autograd.grad(y.sum(), (x, weight))
+        assert y.shape == dx.shape == (2, 5, 0)
+        assert dweight.shape == shape
 
     def test_one_row_and_many_leading_axes(self, backend: str) -> None:
         x, weight = normal("x", 24), normal("weight", 2, 2, 2)

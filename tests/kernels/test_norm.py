@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 import star_kernels
-from tests.kernels.conformance import Case, OperatorConformance, assert_close, call
+from tests.kernels.checks import Case, assert_close, call
+from tests.kernels.conformance import OperatorConformance
 from tests.kernels.samples import normal
 
 
 class TestRMSNorm(OperatorConformance):
     operator = "rms_norm"
     timed = ("x",)
+    axes = ({"x": 2, "weight": 0},)
     variants = 4
     mixes_time = False
 
@@ -36,10 +38,15 @@ class TestRMSNorm(OperatorConformance):
         assert torch.equal(y, torch.zeros(2, 16))
         assert_close(x.grad, torch.full((2, 16), 1e3), "dx", 1e-5)
 
-    def test_squares_do_not_overflow_float16(self, backend: str) -> None:
-        x = torch.full((2, 64), 300.0, dtype=torch.float16)
-        (y,) = call("rms_norm", backend, {"x": x, "weight": torch.ones(64, dtype=torch.float16)}, {})
-        assert torch.equal(y, torch.ones(2, 64, dtype=torch.float16))
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_squares_of_300_do_not_overflow(self, backend: str, dtype: torch.dtype) -> None:
+        x = torch.full((2, 64), 300.0, dtype=dtype, requires_grad=True)
+        (y,) = call("rms_norm", backend, {"x": x, "weight": torch.ones(64, dtype=dtype)}, {})
+        assert torch.equal(y, torch.ones(2, 64, dtype=dtype))
+        (dx,) = torch.autograd.grad(y[:, 0].sum(), x)
+        want = torch.full((2, 64), -1 / 300 / 64)
+        want[:, 0] += 1 / 300
+        assert_close(dx * 300, want * 300, "dx", torch.finfo(dtype).eps)
 
     @pytest.mark.parametrize("shape", [(16,), (3, 16), (2, 3, 4, 5, 16)])
     def test_any_number_of_leading_axes(self, backend: str, shape: tuple[int, ...]) -> None:
@@ -58,6 +65,7 @@ class TestRMSNorm(OperatorConformance):
 class TestAddRMSNorm(OperatorConformance):
     operator = "add_rms_norm"
     timed = ("x", "residual")
+    axes = ({"x": 2, "residual": 2, "weight": 0},)
     mixes_time = False
 
     def case(self, batch: int, length: int, variant: int) -> Case:
@@ -69,6 +77,18 @@ class TestAddRMSNorm(OperatorConformance):
                 "weight": normal("weight", 36),
             }
         )
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+    def test_zero_and_huge_rows(self, backend: str, dtype: torch.dtype) -> None:
+        """A row whose sum is zero gives zeros and the gradient 1 / sqrt(eps), for both; 300s are squared in float32."""
+        x = torch.stack([torch.full((16,), 4.0), torch.full((16,), 200.0)]).to(dtype).requires_grad_()
+        residual = torch.stack([torch.full((16,), -4.0), torch.full((16,), 100.0)]).to(dtype).requires_grad_()
+        weight = torch.ones(16, dtype=dtype)
+        y, total = call("add_rms_norm", backend, {"x": x, "residual": residual, "weight": weight}, {})
+        assert torch.equal(y, torch.tensor([[0.0], [1.0]]).expand(2, 16).to(dtype))
+        assert torch.equal(total, torch.tensor([[0.0], [300.0]]).expand(2, 16).to(dtype))
+        for gradient in torch.autograd.grad(y.sum(), (x, residual)):
+            assert_close(gradient, torch.tensor([[1e3], [0.0]]).expand(2, 16), "gradient", torch.finfo(dtype).eps)
 
     def test_residual_keeps_its_wider_dtype(self, backend: str) -> None:
         x, residual = normal("x", 2, 3, 8).bfloat16(), normal("residual", 2, 3, 8).float()
@@ -83,6 +103,8 @@ class TestAddRMSNorm(OperatorConformance):
 class TestRotary(OperatorConformance):
     operator = "rotary"
     timed = ("x",)
+    axes = ({"x": 2}, {"x": 3})
+    lanes = axes[0]
     variants = 3
     mixes_time = False
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import star_kernels
-from tests.kernels.conformance import assert_rule, gradients, upstream
+from tests.kernels.checks import assert_rule, gradients, upstream
 from tests.kernels.samples import integers, normal
 
 pytestmark = pytest.mark.skipif(

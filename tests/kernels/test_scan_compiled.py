@@ -98,6 +98,27 @@ def test_large_sizes_match_the_reference(operator: str, size: tuple[int, int, in
             torch.testing.assert_close(got.double(), want, rtol=0, atol=tolerance * max(scale, 1.0))
 
 
+@pytest.mark.parametrize("decay", [(-0.01, -0.001), (-1.0, 0.0)], ids=["near one", "any"])
+def test_rg_lru_sums_the_gradient_of_log_lambda_as_well_as_plain_torch(decay: tuple[float, float]) -> None:
+    """Each channel's is a sum over tokens that may cancel: its error is measured in roundings of the absolute terms.
+
+    The two ways round independently, so a single sum tells nothing: the root mean square of 500 does.
+    """
+    tensors = arguments("rg_lru", 1, 257, 500)
+    tensors["log_lambda"] = uniform("log_lambda", 500, low=decay[0], high=decay[1]).float()
+    exact = run("rg_lru", {name: one.detach().double() for name, one in tensors.items()}, backend="reference")
+    # Token by token, the gate's gradient is the parameter's times log_lambda (1 - gate).
+    gate = tensors["recurrence_gate"].detach().double().sigmoid()
+    terms = exact[3] / (tensors["log_lambda"].double() * (1 - gate))
+    roundings = terms.abs().sum((0, 1)) * torch.finfo(torch.float32).eps
+    ours, plain = (
+        ((run("rg_lru", tensors, backend=one)[5] - exact[5]) / roundings).square().mean().sqrt()
+        for one in ("cpp", "reference")
+    )
+    assert ours < 1.25 * plain + 0.1, f"{ours:.2f} roundings of the terms, plain torch {plain:.2f}"
+    assert ours < 1.0
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_threads_change_no_bit(operator: str, dtype: torch.dtype) -> None:

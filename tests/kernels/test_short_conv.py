@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import star_kernels
-from tests.kernels.conformance import Case, RecurrentConformance, assert_close, call
+from tests.kernels.checks import Case, assert_close, call
+from tests.kernels.conformance import RecurrentConformance
 from tests.kernels.samples import normal
 
 WIDTHS = (4, 1, 2, 3, 7)
@@ -15,6 +16,8 @@ WIDTHS = (4, 1, 2, 3, 7)
 class TestCausalConv1d(RecurrentConformance):
     operator = "causal_conv1d"
     timed = ("x",)
+    axes = ({"x": 2, "weight": 0, "bias": 0, "initial_state": 1},)
+    lanes = axes[0]
     variants = 5
 
     def case(self, batch: int, length: int, variant: int) -> Case:
@@ -59,6 +62,8 @@ class TestCausalConv1d(RecurrentConformance):
 class TestGatedShortConv(RecurrentConformance):
     operator = "gated_short_conv"
     timed = ("x", "gate_in", "gate_out")
+    axes = ({"x": 2, "gate_in": 2, "gate_out": 2, "weight": 0, "bias": 0, "initial_state": 1},)
+    lanes = axes[0]
     variants = 3
 
     def case(self, batch: int, length: int, variant: int) -> Case:

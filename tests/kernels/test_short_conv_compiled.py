@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import star_kernels
-from tests.kernels.conformance import assert_rule, gradients, upstream
+from tests.kernels.checks import assert_rule, gradients, upstream
 from tests.kernels.samples import normal
 
 pytestmark = pytest.mark.skipif(

@@ -11,13 +11,19 @@ from torch import Tensor
 import star_kernels
 from star_kernels.recurrence.reference import selective
 from tests.kernels import oracles
-from tests.kernels.conformance import Case, RecurrentConformance, assert_close, call, gradients
+from tests.kernels.checks import Case, assert_close, call, gradients
+from tests.kernels.conformance import RecurrentConformance
 from tests.kernels.samples import normal, uniform
 
 
 class TestSelectiveScan(RecurrentConformance):
     operator = "selective_scan"
     timed = ("x", "dt", "B", "C", "z")
+    axes = (
+        {"x": 2, "dt": 2, "A": 0, "D": 0, "z": 2, "dt_bias": 0, "initial_state": 1},
+        {"A": 1, "B": 3, "C": 3, "initial_state": 2},
+    )
+    lanes = axes[0]
     variants = 4
     long_lengths = (1026,)
 
@@ -64,7 +70,14 @@ class TestSelectiveScan(RecurrentConformance):
 
 class TestSSD(RecurrentConformance):
     operator = "ssd"
+    masks_products = True
     timed = ("x", "dt", "B", "C", "z")
+    axes = (
+        {"x": 2, "dt": 2, "A": 0, "D": 0, "z": 2, "dt_bias": 0, "initial_state": 1},
+        {"x": 3, "z": 3, "initial_state": 2},
+        {"B": 3, "C": 3, "initial_state": 3},
+    )
+    lanes = axes[0]
     variants = 4
     long_lengths = (1026,)
     lengths = (1, 2, 3, 17, 63, 64, 65, 129)

@@ -1,5 +1,6 @@
 """The command line end to end: a run, kills and resumes, and everything that can be asked wrongly."""
 
+import dataclasses
 import json
 import os
 import random
@@ -8,14 +9,24 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import star_core
 from search import run
+from search.data import load_corpus
+from search.driver import search
+from search.evaluate import Outcome, Task
+from search.settings import PRESETS
+from search.store import Store
+from search.view import View
+from search.workers import InlineWorkers, Progress
+from star_core.genome import BASELINES
 
 TINY = [
     "--preset",
@@ -209,3 +220,27 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, text: Path) -> None:
         assert rows(root, RESULTS)[: len(kept)] == kept
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_the_longest_trainings_come_first_and_the_log_keeps_the_order_asked(tmp_path: Path, text: Path) -> None:
+    corpus = load_corpus([str(text)])
+    settings = dataclasses.replace(
+        PRESETS["smoke"], depth=2, width=32, head_dim=8, tokens=64, seq_len=16, batch_size=4, valid_tokens=64
+    )
+    settings = dataclasses.replace(settings, objectives=("perplexity", "cache_bytes"), generations=1)
+    started: list[str] = []
+
+    class Watched(InlineWorkers):
+        def run(self, tasks: Sequence[Task], jobs: int, progress: Progress) -> Iterator[tuple[Task, Outcome]]:
+            started.extend(task.genome for task in tasks)
+            return super().run(tasks, jobs, progress)
+
+    with Store(tmp_path / "run") as store, View(settings, Console(quiet=True)) as view:
+        corpus.save(store.work)
+        search(settings, store, Watched(), view, lambda: None)
+        logged = [evaluation.genome for evaluation in store.evaluations()]
+    names = ("Transformer++", "GQA Transformer++", "StripedMamba", "LFM2-like")
+    asked = [str(BASELINES[name](2).canonical()) for name in names]
+    assert logged[:4] == asked
+    assert started[0] == asked[2]  # the one with a recurrence
+    assert sorted(started) == sorted(logged)

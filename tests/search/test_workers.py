@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from bench.harness import measure_model
 from search import evaluate, workers
 from search.data import load_corpus
 from search.evaluate import Outcome, Task, candidate_seed, run_task
 from search.settings import PRESETS
 from search.store import Status
 from search.workers import InlineWorkers, ProcessWorkers, Workers
-from star_core import Genome
+from star_core import Genome, LanguageModel
 
 TINY = dataclasses.replace(
     PRESETS["smoke"],
@@ -75,7 +76,34 @@ def test_training_and_measurement(pool: Workers, work: Path) -> None:
     assert measured.status is Status.OK, measured.error
     assert measured.metrics["decode_ms_per_token"] > 0
     assert measured.metrics["decode_ms_per_token_ratio"] > 0
-    assert measured.metrics["peak_memory_bytes"] > 0
+    assert "peak_memory_bytes" not in measured.metrics
+
+
+def test_peak_memory_is_counted_after_training_as_in_a_fresh_process(pool: Workers, work: Path) -> None:
+    reference, other = task(work), task(work, "51111-91111")
+    first, second = outcomes(pool, [reference, other])
+    assert first.metrics["peak_memory_bytes_ratio"] == 1.0
+    models = [
+        LanguageModel(Genome.parse(one.genome), TINY.model_config(256), seed=one.seed) for one in (other, reference)
+    ]
+    alone = measure_model(
+        *models,
+        which=["peak_memory_bytes"],
+        batch_size=TINY.batch_size,
+        seq_len=TINY.seq_len,
+        decode_tokens=2,
+    )
+    assert {name: second.metrics[name] for name in alone} == alone
+    # Counted once, and taken from there.
+    (work / "reference.json").write_text("1.0")
+    other.result_path.unlink()
+    [again] = outcomes(pool, [other])
+    assert again.metrics["peak_memory_bytes_ratio"] == again.metrics["peak_memory_bytes"] == alone["peak_memory_bytes"]
+
+
+def test_memory_is_not_counted_where_nothing_measured_is_minimised(pool: Workers, work: Path) -> None:
+    [outcome] = outcomes(pool, [task(work, objectives=("perplexity", "cache_bytes"))])
+    assert set(outcome.metrics) == {"perplexity", "bits_per_byte", "parameters", "cache_bytes"}
 
 
 def test_both_kinds_of_workers_agree_to_the_bit(work: Path) -> None:

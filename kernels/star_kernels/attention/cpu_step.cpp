@@ -74,24 +74,46 @@ template <class T> struct Step {
     return lane_sums(sums);
   }
 
-  // acc += weights (count) values (count, E), four vectors at a time.
+  // acc += weights (count) values (count, E), four sums side by side: an addition waits four cycles for the one before.
   void accumulate(const W* weights, const T* values, int64_t count, W* acc) const {
     int64_t x = 0;
-    for (; x + 4 * V::N <= value_width; x += 4 * V::N) {
-      V sums[4];
-      STAR_UNROLL for (int u = 0; u < 4; ++u) sums[u] = V::load(acc + x + u * V::N);
-      for (int64_t j = 0; j < count; ++j) {
-        const V weight(weights[j]);
-        const T* row = values + j * v.token + x;
-        STAR_UNROLL for (int u = 0; u < 4; ++u) sums[u] = fma(weight, V::load(row + u * V::N), sums[u]);
-      }
-      STAR_UNROLL for (int u = 0; u < 4; ++u) sums[u].store(acc + x + u * V::N);
+    for (; x + 4 * V::N <= value_width; x += 4 * V::N) accumulate_columns<4, 1>(weights, values + x, count, acc + x);
+    if (x + 2 * V::N <= value_width) {
+      accumulate_columns<2, 2>(weights, values + x, count, acc + x);
+      x += 2 * V::N;
     }
     sweep<V>(value_width - x, [&](int64_t y, auto lanes) {
-      V sum = V::load(acc + x + y, lanes);
-      for (int64_t j = 0; j < count; ++j) sum = fma(V(weights[j]), V::load(values + j * v.token + x + y, lanes), sum);
-      sum.store(acc + x + y, lanes);
+      accumulate_columns<1, 4>(weights, values + x + y, count, acc + x + y, lanes);
     });
+  }
+
+  // kVectors adjacent vectors, each as the sum of kParts: those of tokens 0, kParts, 2 kParts, ... and so on.
+  template <int kVectors, int kParts, class L = Full>
+  void accumulate_columns(const W* weights, const T* values, int64_t count, W* acc, L lanes = {}) const {
+    V sums[kParts][kVectors];
+    STAR_UNROLL for (int p = 0; p < kParts; ++p) {
+      STAR_UNROLL for (int u = 0; u < kVectors; ++u) sums[p][u] = p == 0 ? V::load(acc + u * V::N, lanes) : V(0);
+    }
+    int64_t j = 0;
+    for (; j + kParts <= count; j += kParts, values += kParts * v.token) {
+      STAR_UNROLL for (int p = 0; p < kParts; ++p) {
+        const V weight(weights[j + p]);
+        STAR_UNROLL for (int u = 0; u < kVectors; ++u) {
+          sums[p][u] = fma(weight, V::load(values + p * v.token + u * V::N, lanes), sums[p][u]);
+        }
+      }
+    }
+    for (; j < count; ++j, values += v.token) {
+      STAR_UNROLL for (int u = 0; u < kVectors; ++u) {
+        sums[0][u] = fma(V(weights[j]), V::load(values + u * V::N, lanes), sums[0][u]);
+      }
+    }
+    STAR_UNROLL for (int p = kParts / 2; p > 0; p /= 2) {
+      STAR_UNROLL for (int r = 0; r < p; ++r) {
+        STAR_UNROLL for (int u = 0; u < kVectors; ++u) sums[r][u] = sums[r][u] + sums[r + p][u];
+      }
+    }
+    STAR_UNROLL for (int u = 0; u < kVectors; ++u) sums[0][u].store(acc + u * V::N, lanes);
   }
 
   // One query head's output from its parts, `stride` apart.

@@ -136,9 +136,11 @@ def _attend_at_once(
     if softcap is not None or sinks is not None or not every_row_sees_a_key or not positive or q.numel() == 0:
         mask = visible(queries, keys, window, q.device) if causal else None
         return _dense(q, k, v, mask, scale, softcap, sinks)
-    # torch's own causal mask, where it means the same; chosen by a branch, since `is_causal` may not be symbolic.
+    # torch's own causal mask, where it means the same. Chosen by a branch, as the groups are: neither `is_causal` nor,
+    # before torch 2.13, `enable_gqa` may be symbolic.
     square = queries == keys and (window is None or window >= keys)
     mask = visible(queries, keys, window, q.device) if causal and not square else None
+    grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
     acc = accumulator(q.dtype)
     o: Tensor = functional.scaled_dot_product_attention(
         q.to(acc).transpose(1, 2),
@@ -147,7 +149,7 @@ def _attend_at_once(
         attn_mask=mask,
         is_causal=causal and mask is None,
         scale=scale,
-        enable_gqa=q.shape[2] != k.shape[2],
+        **grouped,
     )
     return o.transpose(1, 2).to(q.dtype)
 
@@ -196,7 +198,7 @@ def _dense(
     group = heads // key_heads if key_heads else 1
     rows = q.to(acc).transpose(1, 2).reshape(batch, key_heads, group * queries, width)
     scores = rows @ k.to(acc).permute(0, 2, 3, 1)
-    scores = scores.view(batch, key_heads, group, queries, keys) * (width**-0.5 if scale is None else scale)
+    scores = scores.view(batch, key_heads, group, queries, keys) * (max(width, 1) ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:

@@ -31,7 +31,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         acc = accumulator(hidden.dtype)
         wide_weight = weight.to(acc)
-        losses = torch.empty(hidden.shape[0], dtype=acc, device=hidden.device)
+        losses = torch.zeros(hidden.shape[0], dtype=acc, device=hidden.device)
         for rows in _blocks(hidden.shape[0], weight.shape[0]):
             logits, _ = _logits(hidden[rows].to(acc), wide_weight, bias, settings.softcap)
             losses[rows] = _losses(logits, targets[rows], settings)[0]
@@ -60,7 +60,7 @@ class _ReducedLinearCrossEntropy(torch.autograd.Function):
         factor: Tensor,
     ) -> Tensor:
         ctx.settings = settings
-        losses = torch.empty(hidden.shape[0], dtype=factor.dtype, device=hidden.device)
+        losses = torch.zeros(hidden.shape[0], dtype=factor.dtype, device=hidden.device)
         spread = factor.expand(hidden.shape[0])
         # Kept in the accumulation dtype: a loss scale that comes with dloss is there to save small float16 gradients.
         ctx.save_for_backward(*_gradients(ctx, hidden, weight, bias, targets, spread, losses), hidden, weight, bias)
@@ -89,7 +89,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Define `star_kernels.linear_cross_entropy`."""
     settings = _Settings(ignore_index, label_smoothing, softcap)
-    rows, labels = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    rows, labels = hidden.reshape(targets.numel(), hidden.shape[-1]), targets.reshape(-1)
     if reduction == "none":
         losses: Tensor = apply(_LinearCrossEntropy, rows, weight, bias, labels, settings)
         return losses.view(targets.shape)
@@ -106,7 +106,9 @@ def linear_cross_entropy(
 
 
 def _blocks(rows: int, vocabulary: int) -> list[slice]:
-    size = max(1, BLOCK_ELEMENTS // max(vocabulary, 1))
+    if vocabulary == 0:
+        return []  # every row is ignored: no target is below 0
+    size = max(1, BLOCK_ELEMENTS // vocabulary)
     if size < rows:
         size = max(1, min(max(size, 128), rows // LEAST_BLOCKS))
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
@@ -154,7 +156,7 @@ def _gradients(
     settings: _Settings = ctx.settings
     wide_weight = weight.to(acc)
     needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    dhidden = torch.empty_like(hidden, dtype=acc) if needs_hidden else None
+    dhidden = torch.zeros_like(hidden, dtype=acc) if needs_hidden else None
     dweight = torch.zeros_like(wide_weight) if needs_weight else None
     dbias = torch.zeros(weight.shape[0], dtype=acc, device=hidden.device) if needs_bias else None
     for rows in _blocks(hidden.shape[0], weight.shape[0]):

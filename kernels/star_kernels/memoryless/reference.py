@@ -82,6 +82,6 @@ def channel_mix(x: Tensor, weight: Tensor) -> Tensor:
     if weight.ndim == 2:
         return functional.linear(wide_x, wide_weight).to(x.dtype)
     groups, width = weight.shape[:2]
-    rows = wide_x.reshape(-1, groups, width).transpose(0, 1)
+    rows = wide_x.reshape(x.numel() // max(x.shape[-1], 1), groups, width).transpose(0, 1)
     mixed = torch.bmm(rows, wide_weight.transpose(1, 2)).transpose(0, 1)
     return mixed.reshape(x.shape).to(x.dtype)

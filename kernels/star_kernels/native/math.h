@@ -59,11 +59,12 @@ inline VecF log1p_third(VecF f) {
 
 }  // namespace detail
 
-inline VecF exp(VecF x) {
-  // Beyond these ends the result has become 0 or infinity. The bound is the first operand, so that NaN passes.
-  x = min(VecF(89.0f), max(VecF(-104.0f), x));
+namespace detail {
+
+// exp(x) for x in [-104, 89].
+inline VecF exp_within(VecF x) {
   VecF n;
-  const VecF r = detail::reduce_by_ln2(x, n);
+  const VecF r = reduce_by_ln2(x, n);
   // exp(r) = 1 + r + r^2 q(r), relative error 2^-28.2 before rounding.
   VecF q(0.0013950542f);
   q = fma(q, r, VecF(0.008368918f));
@@ -71,6 +72,13 @@ inline VecF exp(VecF x) {
   q = fma(q, r, VecF(0.16666518f));
   q = fma(q, r, VecF(0.5f));
   return scale_by_power_of_2(VecF(1.0f) + fma(r * r, q, r), n);
+}
+
+}  // namespace detail
+
+inline VecF exp(VecF x) {
+  // Beyond these ends the result has become 0 or infinity. The bound is the first operand, so that NaN passes.
+  return detail::exp_within(min(VecF(89.0f), max(VecF(-104.0f), x)));
 }
 
 inline VecF expm1(VecF x) {
@@ -120,9 +128,9 @@ inline VecF log1p_unit(VecF u) {
 }
 
 inline VecF sigmoid(VecF x) {
-  // exp(-|x|) <= 1: nothing overflows, and the small side keeps its relative accuracy.
-  const VecF z = exp(-abs(x));
-  return select(x >= VecF(0.0f), VecF(1.0f), z) / (VecF(1.0f) + z);
+  // Both sides keep their relative accuracy: below 0 the sum is near 1, and above 88 the quotient is 1.
+  const VecF e = detail::exp_within(min(VecF(88.0f), max(VecF(-104.0f), x)));
+  return e / (VecF(1.0f) + e);
 }
 
 inline VecF softplus(VecF x) { return max(VecF(0.0f), x) + log1p_unit(exp(-abs(x))); }

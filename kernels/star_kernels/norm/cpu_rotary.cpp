@@ -49,7 +49,8 @@ template <class T>
 void token_angles(double position, const double* frequency, const Wide<T>* high, const Wide<T>* low, int64_t half,
                   Wide<T>* sine, Wide<T>* cosine) {
   using V = Vec<T>;
-  if constexpr (sizeof(Wide<T>) == sizeof(float)) {
+  // In the plain build, where fma rounds twice, the C library serves float32 too.
+  if constexpr (V::N > 1) {
     if (std::fabs(position) <= kLargestAngle) {
       const Parts<float> parts(position);
       const V position_high(parts.high), position_low(parts.low);
@@ -125,26 +126,42 @@ void rotate(const Tensor& x, const Tensor& positions, double base, bool interlea
   }
   const double* position = positions.data<double>();
   const bool shared = positions.dim() == 1;  // one table serves the token in every row of the batch
-  const int64_t tables = shared ? length : batch * length, rows_each = shared ? batch : 1;
+  const int64_t rows = shared ? 1 : batch, rows_each = shared ? batch : 1;
+  // Tables are made for a block of tokens, so that each row of the batch gives runs of 8 KB and more: token by token,
+  // with a jump to the next row after each, 34 MB took 2.1 ms instead of 1.2 (one Zen 4 core).
+  // At least 16 blocks, where there are as many tokens, are for the threads.
+  constexpr int64_t kTableNumbers = 2048, kTasks = 16;
+  const int64_t fitting = width < kTableNumbers && width > 0 ? kTableNumbers / width : 1;
+  const int64_t share = (length + kTasks - 1) / kTasks, block = fitting < share ? fitting : share;
+  const int64_t blocks = length > 0 ? (length + block - 1) / block : 0, stride = interleaved ? width : half;
   const T* in = x.data<T>();
   T* out = y.mutable_data<T>();
   const bool stream = stream_rows(y, 2) && half * y.element_size() % 64 == 0;  // whole lines in each half
-  parallel_for(tables, grain_rows((rows_each * heads + 4) * width), [&](int64_t begin, int64_t end) {
+  parallel_for(rows * blocks, grain_rows(block * (rows_each * heads + 4) * width), [&](int64_t begin, int64_t end) {
     Scratch scratch;
-    W *sine = scratch.get<W>(half), *cosine = scratch.get<W>(half);
-    W *wide_sine = scratch.get<W>(width), *wide_cosine = scratch.get<W>(width);
-    for (int64_t table = begin; table < end; ++table) {
-      token_angles<T>(inverse ? -position[table] : position[table], frequency, high, low, half, sine, cosine);
-      if (interleaved) spread_pairs(sine, cosine, half, wide_sine, wide_cosine);
-      for (int64_t k = 0; k < rows_each; ++k) {
-        const int64_t b = shared ? k : table / length, t = shared ? table : table % length;
-        const T* from = in + b * x.stride(0) + t * x.stride(1);
-        T* to = out + (b * length + t) * heads * width;
-        for (int64_t h = 0; h < heads; ++h, from += x.stride(2), to += width) {
-          if (interleaved) {
-            turn_pairs<T>(from, wide_sine, wide_cosine, width, to, stream);
-          } else {
-            turn_halves<T>(from, sine, cosine, half, to, stream);
+    W *sines = scratch.get<W>(block * stride), *cosines = scratch.get<W>(block * stride);
+    W *own_sines = scratch.get<W>(half), *own_cosines = scratch.get<W>(half);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / blocks, first = task % blocks * block;
+      const int64_t count = length - first < block ? length - first : block;
+      for (int64_t i = 0; i < count; ++i) {
+        const double place = position[row * length + first + i];
+        W *sine = sines + i * stride, *cosine = cosines + i * stride;
+        token_angles<T>(inverse ? -place : place, frequency, high, low, half, interleaved ? own_sines : sine,
+                        interleaved ? own_cosines : cosine);
+        if (interleaved) spread_pairs(own_sines, own_cosines, half, sine, cosine);
+      }
+      for (int64_t b = row; b < row + rows_each; ++b) {
+        for (int64_t i = 0; i < count; ++i) {
+          const W *sine = sines + i * stride, *cosine = cosines + i * stride;
+          const T* from = in + b * x.stride(0) + (first + i) * x.stride(1);
+          T* to = out + (b * length + first + i) * heads * width;
+          for (int64_t h = 0; h < heads; ++h, from += x.stride(2), to += width) {
+            if (interleaved) {
+              turn_pairs<T>(from, sine, cosine, width, to, stream);
+            } else {
+              turn_halves<T>(from, sine, cosine, half, to, stream);
+            }
           }
         }
       }

@@ -30,7 +30,7 @@ class _RMSNorm(torch.autograd.Function):
         product = wide_dy * wide_x
         dx = dweight = None
         if ctx.needs_input_grad[1]:
-            dweight = (scale.reshape(1, -1) @ product.reshape(-1, width)).reshape(width).to(weight.dtype)
+            dweight = (scale.reshape(1, -1) @ product.reshape(scale.numel(), width)).reshape(width).to(weight.dtype)
         if ctx.needs_input_grad[0]:
             pull = (product @ wide_weight).unsqueeze(-1).mul_(scale.square()).div_(max(width, 1))
             dx = (wide_dy * wide_weight).addcmul_(wide_x, pull, value=-1).mul_(scale).to(x.dtype)

@@ -20,6 +20,7 @@ constexpr int64_t kBlock = 16;  // rows of a triangle that are multiplied at onc
 
 inline int64_t padded(int64_t size) { return (size + kBlock - 1) / kBlock * kBlock; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class F> inline void dispatch_wide(DType dtype, F&& function) {
   if (dtype == DType::kFloat64) return function(double{});

@@ -101,7 +101,7 @@ template <class W> struct DeltaRule : Memory<W> {
     bool queries, keys;
   };
 
-  // Load a chunk that starts from `memory`, its scores, and solve for what it writes.
+  // Load a chunk that starts from `memory` (null where it is zero), its scores, and solve for what it writes.
   Finite write(const Chunk& chunk, int64_t head, const W* memory, Ahead& ahead, Tiles<W>& tile) const {
     const int64_t n = chunk.length, b = chunk.batch, t = chunk.begin, depth = this->keys;
     Finite finite;
@@ -122,7 +122,11 @@ template <class W> struct DeltaRule : Memory<W> {
     each_lower<W>(n, [&](int64_t at, auto keep) {
       keep(V::load(tile.between + at) * V::load(tile.by_queries + at)).store(tile.scores + at);
     });
-    product<W>(2 * n, row_v, depth, {tile.queries, row_k, 1}, memory, row_v, tile.held, row_v, false, ahead);
+    if (memory != nullptr) {
+      product<W>(2 * n, row_v, depth, {tile.queries, row_k, 1}, memory, row_v, tile.held, row_v, false, ahead);
+    } else {
+      zero(2 * n * row_v, tile.held);
+    }
     for (int64_t i = 0; i < n; ++i) {
       const V since(tile.since[i]), beta(tile.beta[i]);
       each_vector<W>(row_v, [&](int64_t j) {
@@ -135,11 +139,11 @@ template <class W> struct DeltaRule : Memory<W> {
     return finite;
   }
 
-  // Carry the memory to the chunk's end.
-  void advance(int64_t n, Tiles<W>& tile, W* memory, Ahead& ahead) const {
+  // Carry the memory, which is zero where it is `blank`, to the chunk's end.
+  void advance(int64_t n, Tiles<W>& tile, bool blank, W* memory, Ahead& ahead) const {
     scale_rows(n, row_v, tile.until, tile.written, tile.scaled);
-    chunked::scale(elements(), tile.since[n - 1], memory);
-    product<W>(this->keys, row_v, n, {tile.turned, kChunk, 1}, tile.scaled, row_v, memory, row_v, true, ahead);
+    if (!blank) chunked::scale(elements(), tile.since[n - 1], memory);
+    product<W>(this->keys, row_v, n, {tile.turned, kChunk, 1}, tile.scaled, row_v, memory, row_v, !blank, ahead);
   }
 
   // `kept` may be null.
@@ -157,11 +161,12 @@ template <class W> struct DeltaRule : Memory<W> {
         look_ahead<W>(sequences.chunk(sequence.first_chunk + c + 1), head, {&q, &k, &v}, ahead);
       }
       this->keep(memory, s, c, head, kept);
-      write(chunk, head, memory, ahead, tile);
+      const bool blank = c == 0 && !this->initial;  // nothing has been written to the memory
+      write(chunk, head, blank ? nullptr : memory, ahead, tile);
       scale_rows(n, row_v, tile.since, tile.held, tile.held);
       const bool finite = all_finite(n * row_v, tile.written);
       multiply_lower(n, row_v, tile.scores, tile.written, row_v, tile.held, row_v, true, finite);
-      advance(n, tile, memory, ahead);
+      advance(n, tile, blank, memory, ahead);
       o.store(chunk.batch, chunk.begin, n, head, tile.held, row_v);
     }
     this->end(memory, s, head, final_states);
@@ -183,14 +188,16 @@ template <class W> struct DeltaRule : Memory<W> {
     for (int64_t c = sequence.chunks() - 1; c >= 0; --c) {
       Ahead ahead;
       if (c > 0) look_ahead<W>(sequences.chunk(sequence.first_chunk + c - 1), head, {&q, &k, &v, &dout}, ahead);
-      backward_chunk(sequences.chunk(sequence.first_chunk + c), head, dout, this->start(kept, s, c, head, first), pull,
-                     ahead, tile, to);
+      const bool blank = c + 1 == sequence.chunks() && dfinal == nullptr;  // no gradient has come yet
+      backward_chunk(sequences.chunk(sequence.first_chunk + c), head, dout, this->start(kept, s, c, head, first), blank,
+                     pull, ahead, tile, to);
     }
     if (to.initial != nullptr) this->end(pull, s, head, to.initial);
   }
 
-  void backward_chunk(const Chunk& chunk, int64_t head, const Source<W>& dout, const W* start, W* pull, Ahead& ahead,
-                      Tiles<W>& tile, Gradients& to) const {
+  // `start` is null where the memory is zero, and `pull` is it where `blank`.
+  void backward_chunk(const Chunk& chunk, int64_t head, const Source<W>& dout, const W* start, bool blank, W* pull,
+                      Ahead& ahead, Tiles<W>& tile, Gradients& to) const {
     const int64_t n = chunk.length, b = chunk.batch, t = chunk.begin, depth = this->keys;
     const int64_t tile_v = kChunk * row_v, square = kChunk * kChunk;
     Scratch scratch;
@@ -207,9 +214,11 @@ template <class W> struct DeltaRule : Memory<W> {
     }
 
     // Through the outputs and the memory's end to what was written, and through the system to its right side.
-    gemm<W, W>(n, row_v, depth, {tile.keys, row_k, 1}, {pull, row_v, 1}, dwritten, row_v, false);
-    scale_rows(n, row_v, tile.until, dwritten, dwritten);
-    multiply_lower_transposed(n, row_v, tile.scores, dy, row_v, dwritten, row_v, true, finite_dy);
+    if (!blank) {
+      gemm<W, W>(n, row_v, depth, {tile.keys, row_k, 1}, {pull, row_v, 1}, dwritten, row_v, false);
+      scale_rows(n, row_v, tile.until, dwritten, dwritten);
+    }
+    multiply_lower_transposed(n, row_v, tile.scores, dy, row_v, dwritten, row_v, !blank, finite_dy);
     solve_transposed(n, row_v, tile.coupling, dwritten);
 
     // The triangles' gradients, dy u^T and dr u^T, turn into those of q_i . k_j and k_i . k_j; m is what the decays get.
@@ -231,30 +240,44 @@ template <class W> struct DeltaRule : Memory<W> {
       dbeta[i] -= reduce_add(with_keys);
     });
 
-    W from_start[kChunk], to_end[kChunk] = {}, dlog[kChunk], factors[kChunk];
+    W from_start[kChunk] = {}, to_end[kChunk] = {}, dlog[kChunk], factors[kChunk], through = 0;
     for (int64_t i = 0; i < n; ++i) factors[i] = -tile.beta[i] * tile.since[i];
     scale_rows(n, row_v, tile.since, dy, dheld);
     scale_rows(n, row_v, factors, dwritten, dheld + n * row_v);
-    for (int64_t i = 0; i < n; ++i) {
+    for (int64_t i = 0; start != nullptr && i < n; ++i) {
       from_start[i] = dot(row_v, dheld + i * row_v, tile.held + i * row_v) +
                       dot(row_v, dheld + (n + i) * row_v, tile.held + (n + i) * row_v);
     }
     scale_rows(n, row_v, tile.beta, dwritten, tile.rest);
     to.v.store(b, t, n, head, tile.rest, row_v);
 
-    gemm<W, W>(2 * n, row_k, row_v, {dheld, row_v, 1}, {start, 1, row_v}, dqueries, row_k, false);
-    gemm<W, W>(n, row_k, row_v, {tile.written, row_v, 1}, {pull, 1, row_v}, carried, row_k, false);
-    scale_rows(n, row_k, tile.until, carried, carried);
-    each_vector<W>(n * row_k, [=](int64_t i) { (V::load(dkeys + i) + V::load(carried + i)).store(dkeys + i); });
-    for (int64_t i = 0; i < n; ++i) to_end[i] = dot(row_k, carried + i * row_k, tile.keys + i * row_k);
+    if (start != nullptr) {
+      gemm<W, W>(2 * n, row_k, row_v, {dheld, row_v, 1}, {start, 1, row_v}, dqueries, row_k, false);
+    } else {
+      zero(2 * n * row_k, dqueries);
+    }
+    if (!blank) {
+      gemm<W, W>(n, row_k, row_v, {tile.written, row_v, 1}, {pull, 1, row_v}, carried, row_k, false);
+      for (int64_t i = 0; i < n; ++i) {
+        const V until(tile.until[i]);
+        V sum(0);
+        each_vector<W>(row_k, [&](int64_t c) {
+          const V grad = until * V::load(carried + i * row_k + c);
+          (V::load(dkeys + i * row_k + c) + grad).store(dkeys + i * row_k + c);
+          sum = fma(grad, V::load(tile.keys + i * row_k + c), sum);
+        });
+        to_end[i] = reduce_add(sum);
+      }
+    }
+    if (start != nullptr && !blank) through = tile.since[n - 1] * dot(elements(), start, pull);
     multiply_lower(n, row_k, dscores, tile.keys, row_k, dqueries, row_k, true, finite.keys);
     multiply_lower(n, row_k, dcoupling, tile.keys, row_k, dkeys, row_k, true, finite.keys);
     multiply_lower_transposed(n, row_k, dscores, tile.queries, row_k, dkeys, row_k, true, finite.queries);
     multiply_lower_transposed(n, row_k, dcoupling, tile.keys, row_k, dkeys, row_k, true, finite.keys);
-    log_decay_gradient(n, m, from_start, to_end, tile.since[n - 1] * dot(elements(), start, pull), dlog);
+    log_decay_gradient(n, m, from_start, to_end, through, dlog);
 
-    chunked::scale(elements(), tile.since[n - 1], pull);
-    gemm<W, W>(depth, row_v, 2 * n, {tile.queries, 1, row_k}, {dheld, row_v, 1}, pull, row_v, true);
+    if (!blank) chunked::scale(elements(), tile.since[n - 1], pull);
+    gemm<W, W>(depth, row_v, 2 * n, {tile.queries, 1, row_k}, {dheld, row_v, 1}, pull, row_v, !blank);
     to.q.store(b, t, n, head, dqueries, row_k, this->scale);
     to.k.store(b, t, n, head, dkeys, row_k);
     for (int64_t i = 0; i < n; ++i) {

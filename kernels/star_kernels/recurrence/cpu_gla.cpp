@@ -14,9 +14,9 @@ constexpr const char* kShapes =
     "gated_linear_attention: q, k and log_decay must be (B, T, H, K), v (B, T, H, V) with the same B, T, H";
 
 // The 16 x 16 triangle of scores inside a block: sum over channels c of q_ic k_jc decay_{j+1,c} ... decay_{i,c}.
-// `turned` holds the block's keys by channels (rows kChunk apart), and is left decayed to the block's end.
-template <class W>
-void diagonal_scores(int64_t keys, const W* q, const W* decay, int64_t row, W* turned, W* scores) {
+// Queries and decays come by channels, 16 adjacent tokens each. `turned` holds the block's keys by channels (rows kChunk
+// apart), and is left decayed to the block's end.
+template <class W> void diagonal_scores(int64_t keys, const W* q, const W* decay, W* turned, W* scores) {
   using V = Vec<W>;
   for (int64_t j = 0; j < kBlock; j += V::N) {
     const V column = V::iota() + V(static_cast<W>(j));
@@ -25,8 +25,8 @@ void diagonal_scores(int64_t keys, const W* q, const W* decay, int64_t row, W* t
     for (int64_t c = 0; c < keys; ++c) {
       V key = V::load(turned + c * kChunk + j);
       STAR_UNROLL for (int i = 0; i < kBlock; ++i) {
-        key = select(column < V(static_cast<W>(i)), key * V(decay[i * row + c]), key);
-        sum[i] = fma(V(q[i * row + c]), key, sum[i]);
+        key = select(column < V(static_cast<W>(i)), key * V(decay[c * kBlock + i]), key);
+        sum[i] = fma(V(q[c * kBlock + i]), key, sum[i]);
       }
       key.store(turned + c * kChunk + j);
     }
@@ -37,28 +37,35 @@ void diagonal_scores(int64_t keys, const W* q, const W* decay, int64_t row, W* t
 }
 
 // The gradients that go through the pairs of tokens inside a block, added to dq, dk and dlog; for the channels of one
-// vector. `dscores` is the block's triangle.
+// vector. `dscores` is the block's triangle. Forward in time sixteen keys are carried along in registers and noted at
+// each token; backward in time, what comes back to them is.
 template <class W>
 void diagonal_gradients(const W* dscores, const W* q, const W* k, const W* decay, int64_t row, W* dq, W* dk, W* dlog) {
   using V = Vec<W>;
-  V key[kBlock];  // k_j decayed to token i
-  for (int64_t j = 0; j < kBlock; ++j) {
-    V own = V::load(k + j * row);
-    key[j] = own;
-    fma(V(dscores[j * kChunk + j]), own, V::load(dq + j * row)).store(dq + j * row);
-    for (int64_t i = j + 1; i < kBlock; ++i) {
-      own = own * V::load(decay + i * row);
-      key[i] = own;
-      fma(V(dscores[i * kChunk + j]), own, V::load(dq + i * row)).store(dq + i * row);
+  V key[kBlock], noted[kBlock][kBlock];  // noted[i][j]: k_j decayed to token i
+  STAR_UNROLL for (int i = 0; i < kBlock; ++i) {
+    const V own = V::load(decay + i * row);
+    V sum = V::load(dq + i * row);
+    STAR_UNROLL for (int j = 0; j < i; ++j) {
+      key[j] = key[j] * own;
+      noted[i][j] = key[j];
+      sum = fma(V(dscores[i * kChunk + j]), key[j], sum);
     }
-    // What the tokens from i on send back to token j, at token i.
-    V pull(0);
-    for (int64_t i = kBlock - 1; i > j; --i) {
-      pull = fma(V(dscores[i * kChunk + j]), V::load(q + i * row), pull) * V::load(decay + i * row);
-      fma(key[i - 1], pull, V::load(dlog + i * row)).store(dlog + i * row);
+    key[i] = V::load(k + i * row);
+    fma(V(dscores[i * kChunk + i]), key[i], sum).store(dq + i * row);
+  }
+  V pull[kBlock];  // what the tokens from i on send back to token j, at token i
+  STAR_UNROLL for (int j = 0; j < kBlock; ++j) pull[j] = V(0);
+  STAR_UNROLL for (int i = kBlock - 1; i >= 0; --i) {
+    const V own = V::load(decay + i * row), query = V::load(q + i * row);
+    V sum = V::load(dlog + i * row);
+    STAR_UNROLL for (int j = 0; j < i; ++j) {
+      const V sent = fma(V(dscores[i * kChunk + j]), query, pull[j]);
+      sum = fma(noted[i][j], sent, sum);
+      pull[j] = sent * own;
     }
-    pull = fma(V(dscores[j * kChunk + j]), V::load(q + j * row), pull);
-    (V::load(dk + j * row) + pull).store(dk + j * row);
+    sum.store(dlog + i * row);
+    (V::load(dk + i * row) + fma(V(dscores[i * kChunk + i]), query, pull[i])).store(dk + i * row);
   }
 }
 
@@ -71,6 +78,7 @@ template <class W> struct Tiles {
   W *q_local, *q_since;        // q times these
   W *totals, *whole;           // decays of each block, and of the chunk
   W *turned;                   // keys by channels, decayed to the chunk's end
+  W *turned_q, *turned_decay;  // a block's queries and decays by channels
   W *scores;
 
   Tiles(Scratch& scratch, int64_t keys_row, int64_t values_row) : row_k(keys_row), row_v(values_row) {
@@ -78,6 +86,7 @@ template <class W> struct Tiles {
       *one = scratch.get<W>(kChunk * row_k);
     }
     v = scratch.get<W>(kChunk * row_v);
+    turned_q = scratch.get<W>(kBlock * row_k), turned_decay = scratch.get<W>(kBlock * row_k);
     totals = scratch.get<W>(kChunk / kBlock * row_k);
     whole = scratch.get<W>(row_k);
     scores = scratch.get<W>(kChunk * kChunk);
@@ -113,7 +122,9 @@ template <class W> struct Tiles {
       if (before > 0) {
         gemm<W, W>(kBlock, before, keys, {q_local + at, row_k, 1}, {turned, kChunk, 1}, out, kChunk, false);
       }
-      diagonal_scores(keys, q + at, decay + at, row_k, turned + before, out + before);
+      transpose_tile(kBlock, row_k, q + at, row_k, turned_q, kBlock, kBlock);
+      transpose_tile(kBlock, row_k, decay + at, row_k, turned_decay, kBlock, kBlock);
+      diagonal_scores(keys, turned_q, turned_decay, turned + before, out + before);
       for (int64_t c = 0; before > 0 && c < keys; ++c) {
         chunked::scale(before, totals[block * row_k + c], turned + c * kChunk);
       }
@@ -164,10 +175,13 @@ template <class W> struct Gla : Memory<W> {
       if (c + 1 < sequence.chunks()) {
         look_ahead<W>(sequences.chunk(sequence.first_chunk + c + 1), head, {&q, &k, &logs, &v}, ahead);
       }
-      product<W>(n, row_v, keys, {tile.q_since, row_k, 1}, memory, row_v, out, row_v, false, ahead);
-      multiply_lower(n, row_v, tile.scores, tile.v, row_v, out, row_v, true, finite);
-      decay_rows(tile.whole, memory);
-      product<W>(keys, row_v, n, {tile.turned, kChunk, 1}, tile.v, row_v, memory, row_v, true, ahead);
+      const bool blank = c == 0 && !this->initial;  // nothing has been written to the memory
+      if (!blank) {
+        product<W>(n, row_v, keys, {tile.q_since, row_k, 1}, memory, row_v, out, row_v, false, ahead);
+        decay_rows(tile.whole, memory);
+      }
+      multiply_lower(n, row_v, tile.scores, tile.v, row_v, out, row_v, !blank, finite);
+      product<W>(keys, row_v, n, {tile.turned, kChunk, 1}, tile.v, row_v, memory, row_v, !blank, ahead);
       o.store(chunk.batch, chunk.begin, n, head, out, row_v);
     }
     this->end(memory, s, head, final_states);
@@ -188,14 +202,16 @@ template <class W> struct Gla : Memory<W> {
     for (int64_t c = sequence.chunks() - 1; c >= 0; --c) {
       Ahead ahead;
       if (c > 0) look_ahead<W>(sequences.chunk(sequence.first_chunk + c - 1), head, {&q, &k, &logs, &v, &dout}, ahead);
-      backward_chunk(sequences.chunk(sequence.first_chunk + c), head, dout, this->start(kept, s, c, head, first), pull,
-                     ahead, tile, to);
+      const bool blank = c + 1 == sequence.chunks() && dfinal == nullptr;  // no gradient has come yet
+      backward_chunk(sequences.chunk(sequence.first_chunk + c), head, dout, this->start(kept, s, c, head, first), blank,
+                     pull, ahead, tile, to);
     }
     if (to.initial != nullptr) this->end(pull, s, head, to.initial);
   }
 
-  void backward_chunk(const Chunk& chunk, int64_t head, const Source<W>& dout, const W* start, W* pull, Ahead& ahead,
-                      Tiles<W>& tile, Gradients& to) const {
+  // `start` is null where the memory is zero, and `pull` is it where `blank`.
+  void backward_chunk(const Chunk& chunk, int64_t head, const Source<W>& dout, const W* start, bool blank, W* pull,
+                      Ahead& ahead, Tiles<W>& tile, Gradients& to) const {
     const int64_t n = chunk.length, b = chunk.batch, t = chunk.begin, rows = padded(n), blocks = rows / kBlock;
     const int64_t tile_k = kChunk * row_k;
     Scratch scratch;
@@ -220,13 +236,24 @@ template <class W> struct Gla : Memory<W> {
     each_lower<W>(rows, [=](int64_t at, auto keep) { keep(V::load(dscores + at)).store(dscores + at); });
 
     const W* keys_at_end = frames + frame(blocks);
-    product<W>(n, row_v, keys, {keys_at_end, row_k, 1}, pull, row_v, dv, row_v, false, ahead);
-    multiply_lower_transposed(n, row_v, tile.scores, dy, row_v, dv, row_v, true, finite_dy);
+    if (!blank) product<W>(n, row_v, keys, {keys_at_end, row_k, 1}, pull, row_v, dv, row_v, false, ahead);
+    multiply_lower_transposed(n, row_v, tile.scores, dy, row_v, dv, row_v, !blank, finite_dy);
     to.v.store(b, t, n, head, dv, row_v);
 
-    gemm<W, W>(rows, row_k, row_v, {dy, row_v, 1}, {start, 1, row_v}, dq_state, row_k, false);
-    gemm<W, W>(rows, row_k, row_v, {tile.v, row_v, 1}, {pull, 1, row_v}, dk_end, row_k, false);
-    for (int64_t c = 0; c < row_k; ++c) through[c] = tile.whole[c] * dot(row_v, start + c * row_v, pull + c * row_v);
+    if (start != nullptr) {
+      gemm<W, W>(rows, row_k, row_v, {dy, row_v, 1}, {start, 1, row_v}, dq_state, row_k, false);
+    } else {
+      zero(rows * row_k, dq_state);
+    }
+    if (!blank) {
+      gemm<W, W>(rows, row_k, row_v, {tile.v, row_v, 1}, {pull, 1, row_v}, dk_end, row_k, false);
+    } else {
+      zero(rows * row_k, dk_end);
+    }
+    zero(row_k, through);
+    for (int64_t c = 0; start != nullptr && !blank && c < row_k; ++c) {
+      through[c] = tile.whole[c] * dot(row_v, start + c * row_v, pull + c * row_v);
+    }
 
     // From the last block to the first. `dk_end` holds what the blocks after this one send back to the keys before
     // them, at their boundary; `through` what the chunk's start and the tokens after this block have to do with one
@@ -272,8 +299,8 @@ template <class W> struct Gla : Memory<W> {
                    dk_end, row_k, true);
       }
     }
-    decay_rows(tile.whole, pull);
-    product<W>(keys, row_v, n, {tile.q_since, 1, row_k}, dy, row_v, pull, row_v, true, ahead);
+    if (!blank) decay_rows(tile.whole, pull);
+    product<W>(keys, row_v, n, {tile.q_since, 1, row_k}, dy, row_v, pull, row_v, !blank, ahead);
     to.q.store(b, t, n, head, dq, row_k, this->scale);
     to.k.store(b, t, n, head, dk, row_k);
     to.logs.store(b, t, n, head, dlog, row_k);

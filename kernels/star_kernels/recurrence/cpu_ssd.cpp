@@ -11,8 +11,10 @@ namespace {
 
 using namespace chunked;  // NOLINT
 
-// Gradients of chunk states held at once in backward: 16 MB in float32, which a last-level cache holds.
-constexpr int64_t kHeldElements = int64_t{1} << 22;
+// Gradients of chunk states held at once in backward: 1 MB in float32, or up to 16 MB where so many threads need chunks
+// to work on. More is slower: memory that comes from the system is cleared page by page at each call.
+constexpr int64_t kHeldElements = int64_t{1} << 18, kMostHeldElements = int64_t{1} << 22;
+constexpr int64_t kChunksAThread = 4;
 
 void check(const Tensor& x, const Tensor& dt, const Tensor& a, const Tensor& b, const Tensor& c, int64_t axes) {
   require(x.dim() == axes && dt.dim() == axes - 1 && a.dim() == 1 && b.dim() == axes && c.same_shape(b),
@@ -38,14 +40,15 @@ void finish_rows(int64_t count, bool has_skip, W skip, const W* x, const W* gate
   });
 }
 
-// sum += x by rows, and products_i = x_i . other_i.
+// sum_i += f_i x_i by rows, and products_i = f_i x_i . other_i.
 template <class W>
-void add_rows(int64_t rows, int64_t row, const W* x, const W* other, W* sum, W* products) {
+void add_rows(int64_t rows, int64_t row, const W* factors, const W* x, const W* other, W* sum, W* products) {
   using V = Vec<W>;
   for (int64_t i = 0; i < rows; ++i) {
+    const V f(factors[i]);
     V product(0);
     each_vector<W>(row, [&](int64_t j) {
-      const V value = V::load(x + i * row + j);
+      const V value = f * V::load(x + i * row + j);
       (V::load(sum + i * row + j) + value).store(sum + i * row + j);
       product = fma(value, V::load(other + i * row + j), product);
     });
@@ -121,20 +124,27 @@ template <class W> struct Ssd {
     lower_product(n, size, out_tile, row_n, turned, kChunk, triangle);
   }
 
-  // The chunk's upstream gradient before the gate: dy silu(z). Returns whether it is finite.
-  bool load_upstream(const Source<W>& dy, const Chunk& chunk, int64_t head, W* tile, W* gate_tile) const {
-    if (!dy.defined()) {
-      zero(chunk.length * row_p, tile);
-      zero(chunk.length * row_p, gate_tile);  // any gate will do, but not what the memory held: 0 times NaN is NaN
-      return true;
+  // The chunk's upstream gradient before the gate: dy silu(z). Returns whether it is finite. Where `plain` is given, it
+  // gets dy, and `gate_tile` and `squashed` get z and its sigmoid.
+  bool load_upstream(const Source<W>& dy, const Chunk& chunk, int64_t head, W* tile, W* gate_tile, W* plain = nullptr,
+                     W* squashed = nullptr) const {
+    const int64_t n = chunk.length, count = n * row_p;
+    bool finite = true;
+    if (dy.defined()) {
+      finite = dy.load(chunk.batch, chunk.begin, n, head, tile, row_p);
+    } else {
+      zero(count, tile);
     }
-    const bool finite = dy.load(chunk.batch, chunk.begin, chunk.length, head, tile, row_p);
     if (!gate.defined()) return finite;
-    gate.load(chunk.batch, chunk.begin, chunk.length, head, gate_tile, row_p);
-    each_vector<W>(chunk.length * row_p, [=](int64_t i) {
-      (V::load(tile + i) * silu(V::load(gate_tile + i))).store(tile + i);
+    gate.load(chunk.batch, chunk.begin, n, head, gate_tile, row_p);
+    FiniteCheck<V> check;
+    each_vector<W>(count, [&](int64_t i) {
+      const V z = V::load(gate_tile + i), s = sigmoid(z), upstream = V::load(tile + i), value = upstream * z * s;
+      value.store(tile + i);
+      check.see(value);
+      if (plain != nullptr) upstream.store(plain + i), s.store(squashed + i);
     });
-    return all_finite(chunk.length * row_p, tile);
+    return check.holds();
   }
 
   // `kept` may be null.
@@ -188,6 +198,7 @@ template <class W> struct Ssd {
     for (int64_t c = 0; c < sequence.chunks(); ++c) {
       const Chunk& chunk = sequences.chunk(sequence.first_chunk + c);
       const int64_t n = chunk.length, b = chunk.batch, t = chunk.begin;
+      const bool blank = c == 0 && !initial;  // nothing has been written to the state
       if (kept != nullptr && c > 0) {
         copy(state_elements(), state, kept_state(kept, sequence, c, heads, head, state_elements()));
       }
@@ -205,17 +216,19 @@ template <class W> struct Ssd {
       });
       x.load(b, t, n, head, x_tile, row_p);
       const bool finite = scale_rows(n, row_p, own.step, x_tile, value);
-      outward.load(b, t, n, group, out_tile, row_n, 0, 1, own.since);
+      if (!blank) outward.load(b, t, n, group, out_tile, row_n, 0, 1, own.since);
       inward.load(b, t, n, group, in_tile, row_n, 0, 1, own.until);
 
       Ahead ahead;
       if (c + 1 < sequence.chunks()) {
         look_ahead<W>(sequences.chunk(sequence.first_chunk + c + 1), head, {&x, &gate}, ahead);
       }
-      product<W>(n, row_p, size, {out_tile, row_n, 1}, state, row_p, y_tile, row_p, false, ahead);
-      multiply_lower(n, row_p, scores, value, row_p, y_tile, row_p, true, finite);
-      scale(size * row_p, own.since[n - 1], state);
-      product<W>(size, row_p, n, {in_tile, 1, row_n}, value, row_p, state, row_p, true, ahead);
+      if (!blank) {
+        product<W>(n, row_p, size, {out_tile, row_n, 1}, state, row_p, y_tile, row_p, false, ahead);
+        scale(size * row_p, own.since[n - 1], state);
+      }
+      multiply_lower(n, row_p, scores, value, row_p, y_tile, row_p, !blank, finite);
+      product<W>(size, row_p, n, {in_tile, 1, row_n}, value, row_p, state, row_p, !blank, ahead);
 
       if (gate.defined()) gate.load(b, t, n, head, value, row_p);
       finish_rows(n * row_p, skip.defined(), skip[head], x_tile, gate.defined() ? value : nullptr, y_tile);
@@ -232,66 +245,91 @@ template <class W> struct Ssd {
   };
 
   void backward(const W* kept, const Source<W>& dy, const W* dfinal, Gradients& out) const {
-    const int64_t state = state_elements();
+    const int64_t a_chunk = heads * state_elements();
+    const int64_t wanted = larger(kHeldElements, kChunksAThread * num_threads() * a_chunk);
+    const int64_t most = larger(1, smaller(wanted, kMostHeldElements) / larger(1, a_chunk));
+    Tensor pulls = empty({smaller(most, sequences.chunks()), a_chunk}, dtype_of<W>());
+    Tensor carried = empty({a_chunk}, dtype_of<W>());
+    W *pull = pulls.mutable_data<W>(), *carry = carried.mutable_data<W>();
+    // Some whole sequences at a time, or a part of one that is too long, from its last chunks to the first.
     for (int64_t first = 0, last; first < sequences.count(); first = last) {
       int64_t chunks = 0;
       for (last = first; last < sequences.count(); ++last) {
-        if (last > first && (chunks + sequences[last].chunks()) * heads * state > kHeldElements) break;
+        if (last > first && chunks + sequences[last].chunks() > most) break;
         chunks += sequences[last].chunks();
       }
-      const int64_t first_chunk = sequences[first].first_chunk;
-      Tensor pulls = empty({chunks, heads, row_n, row_p}, dtype_of<W>());
-      W* pull = pulls.mutable_data<W>();
-      parallel_tasks((last - first) * heads, [&](int64_t task) {
-        scan_head(first + task / heads, task % heads, first_chunk, dy, dfinal, pull, out.initial);
-      });
-      parallel_tasks(chunks * groups, [&](int64_t task) {
-        backward_chunk(first_chunk + task / groups, task % groups, kept, dy, pull + task / groups * heads * state, out);
-      });
+      int64_t end = chunks;
+      do {
+        const int64_t begin = larger(0, end - most), first_chunk = sequences[first].first_chunk + begin;
+        const bool whole = last - first > 1;
+        parallel_tasks((last - first) * heads, [&](int64_t task) {
+          const int64_t s = first + task / heads;
+          scan_head(s, task % heads, whole ? 0 : begin, whole ? sequences[s].chunks() : end, first_chunk, dy, dfinal,
+                    carry, pull, out.initial);
+        });
+        parallel_tasks((end - begin) * groups, [&](int64_t task) {
+          backward_chunk(first_chunk + task / groups, task % groups, kept, dy, dfinal != nullptr,
+                         pull + task / groups * a_chunk, out);
+        });
+        end = begin;
+      } while (end > 0);
     }
   }
 
-  // The gradient of the state at each chunk's end, for one head of one sequence.
-  void scan_head(int64_t s, int64_t head, int64_t first_chunk, const Source<W>& dy, const W* dfinal, W* pulls,
-                 W* dinitial) const {
+  // The gradient of the state at the ends of chunks `from` to `to` of a sequence, for one head. Where `to` is not the
+  // sequence's end, it begins with what the chunks after left in `carry`. Nothing is written for a last chunk without a
+  // gradient from outside.
+  void scan_head(int64_t s, int64_t head, int64_t from, int64_t to, int64_t first_chunk, const Source<W>& dy,
+                 const W* dfinal, W* carry, W* pulls, W* dinitial) const {
     const Sequence& sequence = sequences[s];
     const int64_t group = head / heads_a_group(), count = state_elements();
     Scratch scratch;
     W *pull = scratch.get<W>(count), *tile = scratch.get<W>(kChunk * row_p);
     W *gate_tile = scratch.get<W>(kChunk * row_p), *out_tile = scratch.get<W>(kChunk * row_n);
     Steps& own = *scratch.get<Steps>(1);
-    begin(dfinal, s, head, pull);
-    for (int64_t c = sequence.chunks() - 1; c >= 0; --c) {
+    bool blank = to == sequence.chunks() && dfinal == nullptr;  // no gradient has come yet
+    if (to < sequence.chunks()) {
+      copy(count, carry + head * count, pull);
+    } else {
+      begin(dfinal, s, head, pull);
+    }
+    for (int64_t c = to - 1; c >= from; --c) {
       const Chunk& chunk = sequences.chunk(sequence.first_chunk + c);
-      copy(count, pull, pulls + ((sequence.first_chunk + c - first_chunk) * heads + head) * count);
+      if (!blank) copy(count, pull, pulls + ((sequence.first_chunk + c - first_chunk) * heads + head) * count);
       if (c == 0 && dinitial == nullptr) break;
       steps(chunk, head, false, own);
       load_upstream(dy, chunk, head, tile, gate_tile);
       outward.load(chunk.batch, chunk.begin, chunk.length, group, out_tile, row_n, 0, 1, own.since);
-      scale(count, own.since[chunk.length - 1], pull);
+      if (!blank) scale(count, own.since[chunk.length - 1], pull);
       Ahead ahead;
       if (c > 0) look_ahead<W>(sequences.chunk(sequence.first_chunk + c - 1), head, {&dy, &gate}, ahead);
-      product<W>(size, row_p, chunk.length, {out_tile, 1, row_n}, tile, row_p, pull, row_p, true, ahead);
+      product<W>(size, row_p, chunk.length, {out_tile, 1, row_n}, tile, row_p, pull, row_p, !blank, ahead);
+      blank = false;
     }
-    if (dinitial != nullptr) end(pull, s, head, dinitial);
+    if (from > 0) {
+      copy(count, pull, carry + head * count);
+    } else if (dinitial != nullptr) {
+      end(pull, s, head, dinitial);
+    }
   }
 
   // Tiles of one chunk and group in backward, and of one of its heads at a time.
   struct Tiles {
     Tiles(Scratch& scratch, int64_t row_p, int64_t row_n) {
       for (W** one : {&in, &out, &turned, &din, &dout, &carried}) *one = scratch.get<W>(kChunk * row_n);
-      for (W** one : {&x, &value, &dy, &gate, &scaled, &dvalue}) *one = scratch.get<W>(kChunk * row_p);
+      for (W** one : {&x, &value, &dy, &gate, &squashed, &scaled, &dvalue}) *one = scratch.get<W>(kChunk * row_p);
       for (W** one : {&products, &scores, &dscores, &m, &dproducts}) *one = scratch.get<W>(kChunk * kChunk);
       steps = scratch.get<Steps>(1);
     }
     W *in, *out, *turned, *din, *dout, *carried;
-    W *x, *value, *dy, *gate, *scaled, *dvalue;
+    W *x, *value, *dy, *gate, *squashed, *scaled, *dvalue;
     W *products, *scores, *dscores, *m, *dproducts;
     Steps* steps;
   };
 
-  // Everything inside one chunk, for all heads of a group. `pulls` is the chunk's.
-  void backward_chunk(int64_t number, int64_t group, const W* kept, const Source<W>& dy, const W* pulls,
+  // Everything inside one chunk, for all heads of a group. `pulls` is the chunk's; it holds nothing for a sequence's
+  // last chunk unless `pulled`.
+  void backward_chunk(int64_t number, int64_t group, const W* kept, const Source<W>& dy, bool pulled, const W* pulls,
                       Gradients& to) const {
     const Chunk& chunk = sequences.chunk(number);
     const int64_t n = chunk.length, b = chunk.batch, t = chunk.begin;
@@ -306,13 +344,16 @@ template <class W> struct Ssd {
     zero(n * row_n, tile.dout);
     each_lower<W>(n, [&](int64_t at, auto) { V(0).store(tile.dproducts + at); });
     for (int64_t head = group * heads_a_group(); head < (group + 1) * heads_a_group(); ++head) {
-      const W* start = first;
+      const W* start = nullptr;
       if (c > 0) {
         start = kept_state(kept, sequences[chunk.sequence], c, heads, head, state_elements());
-      } else {
+      } else if (initial) {
         begin(initial_states(), chunk.sequence, head, first);
+        start = first;
       }
-      backward_head(number, head, dy, start, pulls + head * state_elements(), turned_value, tile, to);
+      const bool ends = c + 1 == sequences[chunk.sequence].chunks();
+      const W* pull = ends && !pulled ? nullptr : pulls + head * state_elements();
+      backward_head(number, head, dy, start, pull, turned_value, tile, to);
     }
     multiply_lower(n, row_n, tile.dproducts, tile.in, row_n, tile.dout, row_n, true, finite_in);
     multiply_lower_transposed(n, row_n, tile.dproducts, tile.out, row_n, tile.din, row_n, true, finite_out);
@@ -320,6 +361,7 @@ template <class W> struct Ssd {
     to.inward.store(b, t, n, group, tile.din, row_n);
   }
 
+  // The state at the chunk's start and the gradient of that at its end are null where they are zero.
   void backward_head(int64_t number, int64_t head, const Source<W>& dy, const W* start, const W* pull, W* turned_value,
                      Tiles& tile, Gradients& to) const {
     const Chunk& chunk = sequences.chunk(number);
@@ -328,7 +370,7 @@ template <class W> struct Ssd {
     steps(chunk, head, true, own);
     x.load(b, t, n, head, tile.x, row_p);
     const bool finite_value = scale_rows(n, row_p, own.step, tile.x, tile.value);
-    const bool finite_dy = load_upstream(dy, chunk, head, tile.dy, tile.gate);
+    const bool finite_dy = load_upstream(dy, chunk, head, tile.dy, tile.gate, tile.dvalue, tile.squashed);
 
     // The gradient of the scores is dy V^T; from it that of C B^T, and the terms of the log decays.
     transpose_tile(n, row_p, tile.value, row_p, turned_value, kChunk, padded(n));
@@ -343,62 +385,66 @@ template <class W> struct Ssd {
     Ahead ahead;
     if (head + 1 < heads) look_ahead<W>(chunk, head + 1, {&x, &dy, &gate}, ahead);
     if (gate.defined()) {
-      backward_gate(chunk, head, dy, start, finite_value, ahead, tile);
+      backward_gate(n, head, start, finite_value, ahead, tile);
       to.gate.store(b, t, n, head, tile.scaled, row_p);
     }
 
-    product<W>(n, row_p, size, {tile.in, row_n, 1}, pull, row_p, tile.dvalue, row_p, false, ahead);
-    scale_rows(n, row_p, own.until, tile.dvalue, tile.dvalue);
-    multiply_lower_transposed(n, row_p, tile.scores, tile.dy, row_p, tile.dvalue, row_p, true, finite_dy);
+    if (pull != nullptr) {
+      product<W>(n, row_p, size, {tile.in, row_n, 1}, pull, row_p, tile.dvalue, row_p, false, ahead);
+      scale_rows(n, row_p, own.until, tile.dvalue, tile.dvalue);
+    }
+    multiply_lower_transposed(n, row_p, tile.scores, tile.dy, row_p, tile.dvalue, row_p, pull != nullptr, finite_dy);
 
-    W from_start[kChunk], to_end[kChunk] = {}, dlog[kChunk];
-    scale_rows(n, row_p, own.since, tile.dy, tile.scaled);
-    gemm<W, W>(n, row_n, row_p, {tile.scaled, row_p, 1}, {start, 1, row_p}, tile.carried, row_n, false);
-    add_rows(n, row_n, tile.carried, tile.out, tile.dout, from_start);
-    scale_rows(n, row_p, own.until, tile.value, tile.scaled);
-    gemm<W, W>(n, row_n, row_p, {tile.scaled, row_p, 1}, {pull, 1, row_p}, tile.carried, row_n, false);
-    add_rows(n, row_n, tile.carried, tile.in, tile.din, to_end);
-    log_decay_gradient(n, tile.m, from_start, to_end, own.since[n - 1] * dot(state_elements(), start, pull), dlog);
+    W from_start[kChunk] = {}, to_end[kChunk] = {}, dlog[kChunk], through = 0;
+    if (start != nullptr) {
+      gemm<W, W>(n, row_n, row_p, {tile.dy, row_p, 1}, {start, 1, row_p}, tile.carried, row_n, false);
+      add_rows(n, row_n, own.since, tile.carried, tile.out, tile.dout, from_start);
+    }
+    if (pull != nullptr) {
+      gemm<W, W>(n, row_n, row_p, {tile.value, row_p, 1}, {pull, 1, row_p}, tile.carried, row_n, false);
+      add_rows(n, row_n, own.until, tile.carried, tile.in, tile.din, to_end);
+    }
+    if (start != nullptr && pull != nullptr) through = own.since[n - 1] * dot(state_elements(), start, pull);
+    log_decay_gradient(n, tile.m, from_start, to_end, through, dlog);
 
+    // From the gradient of the values step x to those of x, D and the steps.
     W drate = 0, dbias = 0;
+    V dskip(0);
+    const V skipped(skip[head]);
+    const bool has_skip = skip.defined();
     for (int64_t i = 0; i < n; ++i) {
-      const W dstep = dot(row_p, tile.dvalue + i * row_p, tile.x + i * row_p) + rate[head] * dlog[i];
-      drate += own.step[i] * dlog[i];
-      const W ddt = dstep * own.slope[i];
-      dbias += ddt;
+      const V step(own.step[i]);
+      V product(0);
+      each_vector<W>(row_p, [&](int64_t j) {
+        const V value = V::load(tile.dvalue + i * row_p + j), input = V::load(tile.x + i * row_p + j);
+        const V upstream = V::load(tile.dy + i * row_p + j);
+        product = fma(value, input, product), dskip = fma(upstream, input, dskip);
+        (has_skip ? fma(skipped, upstream, step * value) : step * value).store(tile.dvalue + i * row_p + j);
+      });
+      const W ddt = (reduce_add(product) + rate[head] * dlog[i]) * own.slope[i];
+      drate += own.step[i] * dlog[i], dbias += ddt;
       to.dt[(b * length + t + i) * heads + head] = ddt;
     }
     W* partial = to.partial + number * 3 * heads + head;
-    partial[0] = drate, partial[heads] = dot(n * row_p, tile.dy, tile.x), partial[2 * heads] = dbias;
-    scale_rows(n, row_p, own.step, tile.dvalue, tile.dvalue);
-    if (skip.defined()) {
-      const V skipped(skip[head]);
-      each_vector<W>(n * row_p, [=](int64_t i) {
-        fma(skipped, V::load(tile.dy + i), V::load(tile.dvalue + i)).store(tile.dvalue + i);
-      });
-    }
+    partial[0] = drate, partial[heads] = reduce_add(dskip), partial[2 * heads] = dbias;
     to.x.store(b, t, n, head, tile.dvalue, row_p);
   }
 
   // The gradient of z into tile.scaled: dy silu'(z) times the output before the gate, which is computed again.
-  void backward_gate(const Chunk& chunk, int64_t head, const Source<W>& dy, const W* start, bool finite_value,
-                     Ahead& ahead, Tiles& tile) const {
-    const int64_t n = chunk.length;
-    W *y = tile.scaled, *plain_dy = tile.dvalue;
-    product<W>(n, row_p, size, {tile.out, row_n, 1}, start, row_p, y, row_p, false, ahead);
-    scale_rows(n, row_p, tile.steps->since, y, y);
-    multiply_lower(n, row_p, tile.scores, tile.value, row_p, y, row_p, true, finite_value);
-    if (dy.defined()) {
-      dy.load(chunk.batch, chunk.begin, n, head, plain_dy, row_p);
-    } else {
-      zero(n * row_p, plain_dy);
+  // tile.dvalue and tile.squashed hold dy and sigmoid(z).
+  void backward_gate(int64_t n, int64_t head, const W* start, bool finite_value, Ahead& ahead, Tiles& tile) const {
+    W* y = tile.scaled;
+    if (start != nullptr) {
+      product<W>(n, row_p, size, {tile.out, row_n, 1}, start, row_p, y, row_p, false, ahead);
+      scale_rows(n, row_p, tile.steps->since, y, y);
     }
+    multiply_lower(n, row_p, tile.scores, tile.value, row_p, y, row_p, start != nullptr, finite_value);
     const V skipped(skip[head]);
     const bool has_skip = skip.defined();
     each_vector<W>(n * row_p, [=](int64_t i) {
-      const V z = V::load(tile.gate + i), s = sigmoid(z), out = V::load(y + i);
+      const V z = V::load(tile.gate + i), s = V::load(tile.squashed + i), out = V::load(y + i);
       const V full = has_skip ? fma(skipped, V::load(tile.x + i), out) : out;
-      (V::load(plain_dy + i) * full * s * fma(z, V(1) - s, V(1))).store(y + i);
+      (V::load(tile.dvalue + i) * full * s * fma(z, V(1) - s, V(1))).store(y + i);
     });
   }
 };

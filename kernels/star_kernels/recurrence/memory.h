@@ -49,9 +49,10 @@ template <class W> struct Memory {
   void end(const W* memory, int64_t s, int64_t head, W* states) const {
     copy_rows(keys, values, memory, row_v, states + (s * heads + head) * keys * values, values);
   }
-  // The memory at the start of chunk c, of those that the forward kept; the first is built in `first`.
+  // The memory at the start of chunk c, of those that the forward kept; the first is built in `first`, null if it is zero.
   const W* start(const W* kept, int64_t s, int64_t c, int64_t head, W* first) const {
     if (c > 0) return kept_state(kept, sequences[s], c, heads, head, elements());
+    if (!initial) return nullptr;
     begin(initial_states(), s, head, first);
     return first;
   }

@@ -78,15 +78,17 @@ template <class T, Kind kind, class L> inline Vec<T> load_input(const Row<T>& p,
   return input;
 }
 
+template <class V> inline V silu_slope(V z) {
+  const V s = sigmoid(z);
+  return s * fma(z, V(1) - s, V(1));
+}
+
 // g from z, and the outer gate's gradient for tokens that are the segment's own.
 template <class T, Kind kind, class L>
 inline Vec<T> load_output(const Row<T>& p, int64_t i, L lanes, Vec<T> z, Wide<T>* new_g, bool own, bool stream) {
   using V = Vec<T>;
   V g = V::load(p.dy + i, lanes);
-  if constexpr (kind == Kind::kSilu) {
-    const V s = sigmoid(z);
-    g = g * (s * fma(z, V(1) - s, V(1)));
-  }
+  if constexpr (kind == Kind::kSilu) g = g * silu_slope(z);
   if constexpr (kind == Kind::kGated) {
     if (own) put(g * z, p.dgate_out + i, lanes, stream);
     g = g * V::load(p.gate_out + i, lanes);
@@ -147,6 +149,68 @@ void interior_rows(const Planes<T>& planes, const Block<T>& block, int64_t t, in
       STAR_UNROLL for (int w = 1; w < kTaps; ++w) du = fma(tap[w], V::load(past_g[kPast - w] + i, lanes), du);
       store_input<T, kind>(p, i, lanes, du, stream);
     });
+  }
+}
+
+// kTile such tokens of whole vectors of channels, kTile tokens of a vector at a time: the rows of u and g slide through
+// registers and the taps' gradients are summed on the way. Without gates, that is with two streams read and one written.
+template <class T, Kind kind, int kTaps>
+void interior_tile(const Planes<T>& planes, const Block<T>& block, int64_t t, History<Wide<T>>& u, History<Wide<T>>& g,
+                   Wide<T>* dtaps) {
+  using V = Vec<T>;
+  constexpr int kPast = kTaps - 1;
+  const Row<T> first = planes.row(block.batch, t, kPast, block.channel);
+  const int64_t x_step = planes.x.token, dy_step = planes.dy.token, dx_step = planes.dx.token;
+  const Wide<T>*taps = block.taps, *past_g[kTaps];
+  Wide<T>*last_u[kTaps], *last_g[kTaps];
+  STAR_UNROLL for (int w = 0; w < kPast; ++w) {
+    past_g[w] = g.rows[w];
+    last_u[w] = u.slots[kTile + w];
+    last_g[w] = g.slots[kTile + w];
+    u.rows[kTile + w] = last_u[w];
+    g.rows[kTile + w] = last_g[w];
+    const int64_t token = t + kTile - kPast + w;
+    if constexpr (!kOwnInput<T, kind>) u.rows[kTile + w] = planes.x.at(block.batch, token, block.channel);
+    if constexpr (!kOwnOutput<T, kind>) g.rows[kTile + w] = planes.dy.at(block.batch, token, block.channel);
+  }
+  const bool stream = block.stream;
+  for (int64_t i = 0; i < block.channels; i += V::N) {
+    const T *x = first.past_x + i, *dy = first.dy + i;
+    T* dx = first.dx + i;
+    const Wide<T>* panel = taps + i * (kTaps + 1);
+    Wide<T>* sum = dtaps + i * (kTaps + 1);
+    V tap[kTaps], sums[kTaps + 1], inputs[kPast + kTile], outputs[kPast + kTile];
+    STAR_UNROLL for (int w = 0; w < kTaps; ++w) tap[w] = V::load(panel + w * V::N);
+    STAR_UNROLL for (int w = 0; w <= kTaps; ++w) sums[w] = V::load(sum + w * V::N);
+    const V bias = V::load(panel + kTaps * V::N);
+    STAR_UNROLL for (int w = 0; w < kPast; ++w) {
+      inputs[w] = V::load(x);
+      outputs[w] = V::load(past_g[w] + i);
+      advance(x, x_step);
+    }
+    STAR_UNROLL for (int r = 0; r < kTile; ++r) {
+      inputs[kPast + r] = V::load(x);
+      V now = V::load(dy);
+      if constexpr (kind == Kind::kSilu) {
+        V z = bias;
+        STAR_UNROLL for (int w = 0; w < kTaps; ++w) z = fma(tap[w], inputs[r + w], z);
+        now = now * silu_slope(z);
+      }
+      outputs[kPast + r] = now;
+      V du = tap[0] * now;
+      STAR_UNROLL for (int w = 1; w < kTaps; ++w) du = fma(tap[w], outputs[kPast + r - w], du);
+      put(du, dx, Full{}, stream);
+      STAR_UNROLL for (int w = 0; w < kTaps; ++w) sums[w] = fma(now, inputs[r + w], sums[w]);
+      sums[kTaps] = sums[kTaps] + now;
+      advance(x, x_step);
+      advance(dy, dy_step);
+      advance(dx, dx_step);
+    }
+    STAR_UNROLL for (int w = 0; w <= kTaps; ++w) sums[w].store(sum + w * V::N);
+    STAR_UNROLL for (int w = 0; w < kPast; ++w) {
+      if constexpr (kOwnInput<T, kind>) inputs[kTile + w].store(last_u[w] + i);
+      if constexpr (kOwnOutput<T, kind>) outputs[kTile + w].store(last_g[w] + i);
+    }
   }
 }
 
@@ -233,13 +297,15 @@ void sum_taps(int64_t num_taps, int64_t count, int64_t channels, const W* const*
 }
 
 // The unrolled loops for W taps; `interior` is nullptr where there is only the general form: for W > 7, and for float64,
-// which is not tuned.
+// which is not tuned. `tile` is nullptr there and with gates.
 template <class T, Kind kind> struct Loops {
   decltype(&interior_rows<T, kind, 1>) interior = nullptr;
+  decltype(&interior_tile<T, Kind::kPlain, 1>) tile = nullptr;
   decltype(&sum_taps<Vec<T>, 0>) sum = sum_taps<Vec<T>, 0>;
 
   template <int kTaps> void take() {
     interior = interior_rows<T, kind, kTaps>;
+    if constexpr (kind != Kind::kGated) tile = interior_tile<T, kind, kTaps>;
     sum = sum_taps<Vec<T>, kTaps>;
   }
   explicit Loops(int64_t taps) {
@@ -265,6 +331,7 @@ void backward_segment(const Planes<T>& planes, const Block<T>& block, const Segm
                       History<Wide<T>>& g, Wide<T>* dstate, const Wide<T>* dfinal, Wide<T>* dtaps) {
   const int64_t past = block.num_taps - 1, row_bytes = block.channels * static_cast<int64_t>(sizeof(Wide<T>));
   const Loops<T, kind> loops(block.num_taps);
+  const bool whole = loops.tile != nullptr && block.channels % Vec<T>::N == 0;
   const auto one = [&](int64_t t, int64_t r) {
     const int64_t before = t - past;
     const Row<T> p = planes.row(segment.batch, t, past, block.channel);
@@ -287,6 +354,12 @@ void backward_segment(const Planes<T>& planes, const Block<T>& block, const Segm
     // Tokens of the segment, of which the first few may reach back before its begin.
     const int64_t own = segment.end - t < count ? segment.end - t : count;
     const int64_t reach = segment.begin + past - t, head = reach < 0 ? 0 : (reach < own ? reach : own);
+    if (whole && head == 0 && own == kTile) {
+      loops.tile(planes, block, t, u, g, dtaps);
+      u.drop(kTile);
+      g.drop(kTile);
+      continue;
+    }
     int64_t r = 0;
     if (loops.interior != nullptr && own > head) {
       for (; r < head; ++r) one(t + r, r);

@@ -25,10 +25,10 @@ print(_native.available(), _native.isa() or "-", served, len(caught), _native.re
 
 
 def report(**environment: str) -> list[str]:
-    paths = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
+    package = Path(_native.__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-c", REPORT],
-        env={**os.environ, "PYTHONPATH": paths, **environment},
+        env={**os.environ, "PYTHONPATH": str(package), **environment},
         capture_output=True,
         text=True,
         check=False,

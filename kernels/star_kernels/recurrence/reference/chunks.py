@@ -54,7 +54,7 @@ def to_chunks(x: Tensor, size: int) -> Tensor:
     missing = -length % size
     if missing:
         x = functional.pad(x, (0, 0, 0, 0, 0, missing))
-    return x.view(batch, -1, size, heads, width).permute(0, 3, 1, 2, 4).contiguous()
+    return x.view(batch, x.shape[1] // size, size, heads, width).permute(0, 3, 1, 2, 4).contiguous()
 
 
 def from_chunks(x: Tensor, length: int) -> Tensor:

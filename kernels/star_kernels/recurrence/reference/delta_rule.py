@@ -27,7 +27,7 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """Define `star_kernels.gated_delta_rule`."""
     acc = accumulator(q.dtype)
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
     packed = (q.to(acc) * factor, k.to(acc), v.to(acc), log_decay.to(acc), beta.to(acc))
     if cu_seqlens is None:
         o, final_state = _scan(*packed, initial_state)
@@ -41,7 +41,7 @@ def gated_delta_rule_step(
 ) -> tuple[Tensor, Tensor]:
     """Define `star_kernels.gated_delta_rule_step`."""
     acc = accumulator(q.dtype)
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
     key = k.to(acc)
     memory = state.to(acc) * log_decay.to(acc).exp()[..., None, None]
     read = (key.unsqueeze(-2) @ memory).squeeze(-2)

@@ -24,7 +24,7 @@ def gated_linear_attention(
 ) -> tuple[Tensor, Tensor]:
     """Define `star_kernels.gated_linear_attention`."""
     acc = accumulator(q.dtype)
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
     packed = (q.to(acc) * factor, k.to(acc), v.to(acc), log_decay.to(acc))
     if cu_seqlens is None:
         o, final_state = _scan(*packed, initial_state)
@@ -38,7 +38,7 @@ def gated_linear_attention_step(
 ) -> tuple[Tensor, Tensor]:
     """Define `star_kernels.gated_linear_attention_step`."""
     acc = accumulator(q.dtype)
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
     added = k.to(acc).unsqueeze(-1) * v.to(acc).unsqueeze(-2)
     memory = torch.addcmul(added, log_decay.to(acc).exp().unsqueeze(-1), state.to(acc))
     o = ((q.to(acc) * factor).unsqueeze(-2) @ memory).squeeze(-2)

@@ -103,7 +103,8 @@ def _scan_in_chunks(
     within = scores.view(between.shape) @ v
     arriving = (v * between[..., -1, :].unsqueeze(-1)).transpose(-1, -2)
     added = arriving.view(*split, *arriving.shape[2:]) @ inward
-    starts, final_state = scan_chunks(since_start[..., -1:, :], added.view(batch, heads, -1, width, size), start)
-    carried = outward @ starts.view(*split, -1, width, size).transpose(-1, -2)
+    chunks = (v.shape[2], width, size)
+    starts, final_state = scan_chunks(since_start[..., -1:, :], added.view(batch, heads, *chunks), start)
+    carried = outward @ starts.view(*split, *chunks).transpose(-1, -2)
     y = torch.addcmul(within, since_start, carried.view(within.shape))
     return from_chunks(y, length), final_state

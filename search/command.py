@@ -1,0 +1,225 @@
+"""The command line of the search, `python -m search.run`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import errno
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+
+from bench.harness import machine
+from search.data import Corpus, DataError, load_corpus
+from search.driver import search
+from search.report import print_front, write_report
+from search.report_metrics import format_seconds
+from search.settings import OBJECTIVES, PRESETS, Settings, SettingsError, nearest
+from search.store import Evaluation, RunFolderError, Status, Store, read_json, write_json
+from search.view import View
+from search.workers import make_workers
+
+RUNS = Path("runs")
+"""Where run folders go unless `--out` says otherwise."""
+
+
+class UsageError(Exception):
+    """A command line that asks for what can't be done; its text is one sentence for the person who typed it."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that says what is wrong in one sentence, and what may have been meant."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(message)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser; options that are not given are absent from what it returns, so that presets and
+    `--resume` fill them."""
+    made = _Parser(
+        prog="python -m search.run",
+        description="Evolve sequence models for perplexity and for measured latency and memory on this machine.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    option = made.add_argument
+    option("--preset", choices=list(PRESETS), help="settings to begin with (default: laptop)")
+    option("--objectives", type=_names, metavar="A,B", help=f"two to five of: {', '.join(OBJECTIVES)}")
+    option("--population", type=int, metavar="N", help="genomes in a generation")
+    option("--generations", type=int, metavar="N", help="generations, the initial one included")
+    option("--depth", type=int, metavar="N", help="LIVs in a genome")
+    option("--width", type=int, metavar="N", help="width of the residual stream")
+    option("--head-dim", type=int, metavar="N", help="channels of an attention head")
+    option("--tokens", type=int, metavar="N", help="training tokens of each candidate")
+    option("--seq-len", type=int, metavar="N", help="training length in tokens, and context of the measurements")
+    option("--batch-size", type=int, metavar="N", help="sequences in a training step")
+    option("--learning-rate", type=float, metavar="X", help="peak learning rate")
+    option(
+        "--data",
+        nargs="+",
+        metavar="PATH",
+        help="text, JSON lines or Parquet files, folders, or a data set's name (default: State of the Union speeches)",
+    )
+    option("--out", type=Path, metavar="DIR", help="run folder (default: a new one in runs/)")
+    option("--resume", action="store_true", help="go on with the run in --out, or with the newest in runs/")
+    option("--seed", type=int, metavar="N", help="seed of the evolution and of every training")
+    option(
+        "--workers",
+        choices=["inline", "processes"],
+        help="evaluate in this process, or each candidate in a fresh one (default)",
+    )
+    option("--jobs", type=int, metavar="N", help="candidates trained at once (default: the number of cores)")
+    option("--measure-threads", type=int, metavar="N", help="threads of the measured model; 0 for torch's own number")
+    option("--measure-seconds", type=float, metavar="X", help="time for measuring one candidate's latency and memory")
+    option("--timeout-seconds", type=float, metavar="X", help="longest time for training one candidate")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a search; return the exit code: 0, 2 where something was asked that can't be done, 130 where it was
+    interrupted."""
+    console = Console()
+    complain = Console(stderr=True)
+    root: Path | None = None
+    try:
+        given = _parse(argv)
+        resume = given.pop("resume", False)
+        root = given.pop("out", None) or (_newest_run() if resume else _new_run(given.get("preset", "laptop")))
+        if resume:
+            _resume(root, given, console)
+        else:
+            _begin(root, _settings(given), console)
+    except (UsageError, SettingsError, RunFolderError, DataError) as error:
+        complain.print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
+        return 2
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what = f"the disk is full; every finished evaluation is safe: free some space and add --resume --out {root}"
+        elif isinstance(error, PermissionError | FileNotFoundError | NotADirectoryError | FileExistsError):
+            what = f"{error.filename}: {error.strerror}"
+        else:
+            raise
+        complain.print(f"error: {what}", soft_wrap=True, highlight=False, markup=False)
+        return 2
+    except KeyboardInterrupt:
+        hint = f"interrupted; go on with: python -m search.run --resume --out {root}"
+        complain.print(hint, soft_wrap=True, highlight=False, markup=False)
+        return 130
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> dict[str, Any]:
+    made = parser()
+    values, unknown = made.parse_known_args(argv)
+    if unknown:
+        options = tuple(string for action in made._actions for string in action.option_strings)
+        raise UsageError(f"unknown option {unknown[0]!r}{nearest(unknown[0].split('=')[0], options)}")
+    return vars(values)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _settings(given: dict[str, Any]) -> Settings:
+    changes: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+    preset = PRESETS[changes.pop("preset", "laptop")]
+    return dataclasses.replace(preset, **changes)
+
+
+def _new_run(preset: str) -> Path:
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return RUNS / f"{preset}-{stamp}"
+
+
+def _newest_run() -> Path:
+    runs = sorted(RUNS.glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    if not runs:
+        raise UsageError(f"--resume: no run in {RUNS}/; name its folder with --out")
+    return runs[-1].parent
+
+
+def _begin(root: Path, settings: Settings, console: Console) -> None:
+    """Start a new run; nothing is written before settings and data are known to be good."""
+    if (root / "config.json").exists():
+        raise RunFolderError(f"{root}: already holds a run; add --resume to go on with it, or choose another --out")
+    corpus = load_corpus(settings.data or None)
+    corpus.check(settings.seq_len)
+    with Store(root) as store:
+        corpus.save(store.work)
+        config = {
+            **settings.to_json(),
+            "corpus": {"name": corpus.name, "fingerprint": corpus.fingerprint, "vocab_size": corpus.vocab_size},
+            "started": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": machine(),
+        }
+        write_json(root / "config.json", config)
+        _go(settings, store, corpus, console)
+
+
+def _resume(root: Path, given: dict[str, Any], console: Console) -> None:
+    """Go on with a run, whose settings must be those it began with where any are given."""
+    config = read_json(root / "config.json")
+    if not isinstance(config, dict):
+        raise RunFolderError(f"{root / 'config.json'}: needs a JSON object, got {type(config).__name__}")
+    settings = Settings.from_json(config)
+    for name, value in given.items():
+        asked, stored = tuple(value) if isinstance(value, list) else value, getattr(settings, name)
+        if asked != stored:
+            option = "--" + name.replace("_", "-")
+            raise RunFolderError(f"{root}: began with {option} {_shown(stored)}, and can't go on with {_shown(asked)}")
+    with Store(root) as store:
+        corpus = Corpus.load(store.work)
+        if corpus.fingerprint != config["corpus"]["fingerprint"]:
+            raise RunFolderError(f"{store.work}: the saved text is not the one that the run began with")
+        _go(settings, store, corpus, console)
+
+
+def _shown(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def _go(settings: Settings, store: Store, corpus: Corpus, console: Console) -> None:
+    """Search and show; then the table, the page, and where everything is."""
+    started = time.monotonic()
+    console.print(
+        f"{settings.preset}: {settings.generations} generations of {settings.population} genomes "
+        f"of {settings.depth} LIVs, width {settings.width}; {settings.tokens:,} tokens of {corpus.name} each; "
+        f"minimising {', '.join(settings.objectives)}; in {store.root}",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+    def on_generation() -> None:
+        store.keep_front(settings.objectives)
+        write_report(store.root)
+
+    workers = make_workers(settings.workers)
+    try:
+        with View(settings, console) as view:
+            search(settings, store, workers, view, on_generation)
+    finally:
+        workers.close()
+    print_front(store.root, console)
+    console.print(_gain(store.evaluations()), highlight=False)
+    console.print(
+        f"{format_seconds(time.monotonic() - started)}. "
+        f"Report: {store.root / 'report.html'}   trained winners: {store.best}/",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _gain(evaluations: Sequence[Evaluation]) -> str:
+    """Say what evolution gained in perplexity over the initial population."""
+    scored = [e for e in evaluations if e.kind == "candidate" and e.status is Status.OK]
+    initial = [e.metrics["perplexity"] for e in scored if e.generation == 0]
+    if not initial:
+        return "No genome of the initial population could be evaluated."
+    best = min(e.metrics["perplexity"] for e in scored)
+    return f"Best perplexity {best:.3f}; the initial population's best was {min(initial):.3f}."

@@ -13,20 +13,24 @@ SECONDS ?= 600
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find kernels -name '*.cpp' -o -name '*.h')
 ARGS ?=
 
-.PHONY: search test test-all lint bench fuzz setup clean help
+.PHONY: search test test-all lint bench gpu fuzz setup clean help
 
 help:
 	@echo "make search [ARGS='--preset smoke']   search architectures on this machine; opens nothing, prints where report.html is"
 	@echo "make test                             lint, types and the quick tests (CI runs this)"
 	@echo "make test-all                         the slow tests too"
 	@echo "make bench                            pytest bench/: kernels against ceilings and peers"
+	@echo "make gpu [DRY=1]                      tests and benchmarks on a GPU; DRY=1 the same way through Triton's interpreter"
 	@echo "make fuzz [SECONDS=600]               random calls of the compiled operators under sanitizers, for SECONDS"
 
 search: setup
 	$(PY) -m search.run $(ARGS)
 
+# The second run takes the Triton kernels through Triton's interpreter, which has to be chosen before they are imported.
 test: lint
 	$(PY) -m pytest
+	@if $(PY) -c 'import triton' 2>/dev/null; then TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/kernels -n 2; \
+	else echo "triton is not installed here: its kernels are not tested"; fi
 
 test-all: lint
 	$(PY) -m pytest -m 'slow or not slow'
@@ -38,6 +42,17 @@ lint: setup
 
 bench: setup
 	$(PY) -m pytest bench/
+
+# On a machine with a CUDA or ROCm device; the packages that are installed there are peers. DRY=1 goes the same way on a
+# CPU, through Triton's interpreter, with the few cases that it is fast enough for.
+gpu: setup
+ifdef DRY
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/kernels/test_norm.py tests/kernels/test_memoryless.py
+	TRITON_INTERPRET=1 $(PY) -m pytest bench/ -k 'rms_norm and D100' --star-backend triton --star-seconds 0 --star-json build/dry.json
+else
+	STAR_TEST_DEVICE=cuda $(PY) -m pytest tests/kernels
+	$(PY) -m pytest bench/ --quick --star-device cuda --star-json "bench/results/$$($(PY) -m bench.hardware)-quick.json"
+endif
 
 fuzz: $(SANITIZED)
 	$(PY) -m tests.fuzz --seconds $(SECONDS) --libraries build/sanitize/lib

@@ -269,14 +269,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--extremes", action="store_true", help="the unusual sizes too, which are not written")
     parser.add_argument("--operator", action="append", help="this operator alone (may be repeated)")
     parser.add_argument("--target", action="append", choices=[one.name for one in TARGETS], help="this GPU alone")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="this dtype alone")
     parser.add_argument("--jobs", type=int, default=2, help="processes (%(default)s)")
     parser.add_argument("--write", action="store_true", help=f"replace {COMMITTED.name}")
     options = parser.parse_args(arguments)
     chosen = [case for case in CASES if not options.operator or case.operator in options.operator]
     extremes = [case for case in EXTREMES if not options.operator or case.operator in options.operator]
     targets = [one for one in TARGETS if not options.target or one.name in options.target]
-    rows = [row for found in compile_all(grid_of(chosen), targets, options.jobs) for row in found]
-    unusual = grid_of(extremes) if options.extremes else []
+    rows = [
+        row for found in compile_all(grid_of(chosen, options.dtype or DTYPES), targets, options.jobs) for row in found
+    ]
+    unusual = grid_of(extremes, options.dtype or DTYPES) if options.extremes else []
     others = [row for found in compile_all(unusual, targets, options.jobs) for row in found]
     console = Console(width=None if sys.stdout.isatty() else 200)
     _show(rows + others, console)

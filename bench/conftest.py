@@ -6,6 +6,7 @@ A file of benchmarks holds `CASES`; its test is run once for each case and mode 
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench.cases import Case
 from bench.results import Absent, Row, write_results
 from bench.suite import Record, Settings, measure_case
+from star_kernels.dispatch import use_backend
 
 _LATEST = Path(__file__).parent / "results" / "latest.json"
 _ROWS: pytest.StashKey[list[Row]] = pytest.StashKey()
@@ -30,6 +32,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--star-json", type=Path, default=_LATEST, metavar="PATH", help="result file (%(default)s)")
     group.addoption("--star-seconds", type=float, metavar="S", help="sampling time of a case, all providers together")
     group.addoption("--star-device", default="cpu", metavar="DEVICE", help="cpu or cuda (%(default)s)")
+    group.addoption("--star-backend", metavar="NAME", help="measure this backend in place of the best available one")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -67,8 +70,11 @@ def record(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Recor
         device=config.getoption("star_device"),
     )
 
+    backend = config.getoption("star_backend")
+
     def measure(case: Case, mode: str) -> None:
-        outcome = measure_case(case, mode, settings)
+        with use_backend(backend) if backend else nullcontext():
+            outcome = measure_case(case, mode, settings)
         rows, absent = config.stash[_ROWS], config.stash[_ABSENT]
         rows.extend(outcome.rows)
         absent.extend(outcome.absent)
@@ -85,7 +91,8 @@ def record(request: pytest.FixtureRequest, benchmark: BenchmarkFixture) -> Recor
             percent_of_ceiling=ours.percent_of_ceiling,
             peak_bytes=ours.peak_bytes,
         )
-        with torch.set_grad_enabled(outcome.grad):
+        chosen = use_backend(backend) if backend else nullcontext()
+        with torch.set_grad_enabled(outcome.grad), chosen:
             benchmark.pedantic(  # type: ignore[no-untyped-call]
                 outcome.run, rounds=3, iterations=outcome.calls_per_sample
             )

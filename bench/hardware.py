@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from pathlib import Path
 
 import torch
@@ -44,6 +45,14 @@ def machine() -> dict[str, str | int | list[str]]:
     }
 
 
+def short_name() -> str:
+    """Return the first GPU's name, or the processor's, as part of a file's name: "nvidia-h100-80gb-hbm3"."""
+    described = machine()
+    gpus = described["gpus"]
+    name = str(gpus[0] if isinstance(gpus, list) and gpus else described["processor"])
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
 def _cpuinfo() -> dict[str, str]:
     """Return the first processor's lines of /proc/cpuinfo; empty where there is none (macOS)."""
     path = Path("/proc/cpuinfo")
@@ -52,3 +61,7 @@ def _cpuinfo() -> dict[str, str]:
     first = path.read_text().split("\n\n", 1)[0]
     pairs = (line.partition(":") for line in first.splitlines())
     return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+if __name__ == "__main__":
+    print(short_name())

@@ -29,6 +29,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 OPERATORS: dict[str, tuple[str, ...]] = {
     "memoryless.triton": ("swiglu", "geglu", "reglu", "channel_mix"),
     "norm.triton": ("rms_norm", "add_rms_norm", "rotary"),
+    "short_conv.triton": ("causal_conv1d", "causal_conv1d_step", "gated_short_conv", "gated_short_conv_step"),
+    "attention.triton": ("attention", "attention_step", "differential_attention"),
+    "loss.triton": ("linear_cross_entropy",),
+    "long_conv.triton": ("long_conv", "long_conv_step"),
+    "recurrence.triton.diagonal": ("diagonal_scan", "diagonal_scan_step", "rg_lru", "rg_lru_step"),
+    "recurrence.triton.selective": ("selective_scan", "selective_scan_step"),
+    "recurrence.triton.ssd": ("ssd", "ssd_step"),
+    "recurrence.triton.linear_attention": ("gated_linear_attention", "gated_linear_attention_step"),
+    "recurrence.triton.delta_rule": ("gated_delta_rule", "gated_delta_rule_step"),
 }
 """Public operators by the module that serves them with functions of the same names."""
 

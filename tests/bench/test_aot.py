@@ -90,8 +90,6 @@ def _held_against_the_committed_table(grid: list[tuple[int, str]], targets: list
 
     rows = [row for found in aot.compile_all(grid, targets, jobs=2) for row in found]
     assert rows
-    spilled = [f"{row.kernel} on {row.target}" for row in rows if row.binary.spill_bytes]
-    assert not spilled
     committed, version = aot.read(aot.COMMITTED), aot.version(aot.COMMITTED)
     if version == triton.__version__:
         assert not aot.regressions(rows, committed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ if _triton.interpreting():
 
 # "cuda" makes every test of an operator one of what serves a GPU.
 DEVICE = os.environ.get("STAR_TEST_DEVICE", "cpu")
+_HERE = Path(__file__).parent
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -41,6 +43,19 @@ def _poisoned_memory_and_two_threads() -> Iterator[None]:
         _native.set_nan_fill(False)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In the interpreter and on a GPU, leave out what asks for no backend, such as the compiled library's own tests."""
+    if _triton.interpreting() or DEVICE != "cpu":
+        here = [item for item in items if not item.path.is_relative_to(_HERE) or "backend" in _parameters(item)]
+        kept = set(here)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = here
+
+
+def _parameters(item: pytest.Item) -> dict[str, object]:
+    return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test that asks for `backend` on each one; one that asks for a length or variant on its class's."""
     if "backend" in metafunc.fixturenames:
@@ -49,9 +64,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             names = ["triton"] if "triton" in names else []
         metafunc.parametrize("backend", names)
     if "length" in metafunc.fixturenames:
-        metafunc.parametrize("length", metafunc.cls.lengths, ids=lambda length: f"T{length}")
+        # Less than a block, and more than four of them; each program of a grid costs the interpreter 2 ms.
+        lengths = (3, 65) if _triton.interpreting() else metafunc.cls.lengths
+        metafunc.parametrize("length", lengths, ids=lambda length: f"T{length}")
     if "long_length" in metafunc.fixturenames:
-        # The interpreter takes 2 ms for each program of a kernel's grid.
         lengths = () if _triton.interpreting() else metafunc.cls.long_lengths
         metafunc.parametrize("long_length", lengths, ids=lambda length: f"T{length}")
     if "variant" in metafunc.fixturenames:

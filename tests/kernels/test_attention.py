@@ -35,7 +35,7 @@ class TestAttention(_Packed):
     operator = "attention"
     masks_products = True
     timed = ("q", "k", "v")
-    axes = ({"q": 3, "k": 3}, {"v": 3}, {"q": 1}, {"k": 1, "v": 1})
+    axes = ({"q": 3, "k": 3}, {"v": 3}, {"q": 1}, {"k": 1, "v": 1}, {"q": 2, "sinks": 0})
     lanes: ClassVar[dict[str, int]] = {"q": 2, "k": 2, "v": 2, "sinks": 0}
     lane_variant = 1  # a head of keys for each of queries
     variants = 7
@@ -134,7 +134,13 @@ class TestDifferentialAttention(_Packed):
     operator = "differential_attention"
     masks_products = True
     timed = ("q1", "k1", "q2", "k2", "v")
-    axes = ({"q1": 3, "k1": 3, "q2": 3, "k2": 3}, {"v": 3}, {"q1": 1, "q2": 1}, {"k1": 1, "k2": 1, "v": 1})
+    axes = (
+        {"q1": 3, "k1": 3, "q2": 3, "k2": 3},
+        {"v": 3},
+        {"q1": 1, "q2": 1},
+        {"k1": 1, "k2": 1, "v": 1},
+        {"q1": 2, "q2": 2},
+    )
     lanes: ClassVar[dict[str, int]] = {"q1": 2, "k1": 2, "q2": 2, "k2": 2, "v": 2, "lam": 0}
     lane_variant = 1  # a head of keys for each of queries
     variants = 3

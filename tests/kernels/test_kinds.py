@@ -113,6 +113,7 @@ class TestLinearCrossEntropy(Kinds):
     operator = "linear_cross_entropy"
     batched = ("hidden", "targets")
     variants = 3
+    torch_backends = ("reference", "triton")
     axes = ({"hidden": 2, "weight": 1},)
 
     def case(self, batch: int, length: int, variant: int) -> Case:

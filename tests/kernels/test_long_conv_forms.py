@@ -6,10 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from star_kernels import _triton
 from tests.kernels.checks import assert_close, assert_rule, call, gradients, upstream
 from tests.kernels.samples import normal
 
 TIMED = ("x", "gate_in", "gate_out")
+# The interpreter takes 2 ms for each program of a kernel's grid, and there is one a channel.
+WIDE = 40 if _triton.interpreting() else 300
 
 
 def direct(tensors: dict[str, Tensor], ends: tuple[int, ...] = ()) -> Tensor:
@@ -123,7 +126,7 @@ def test_nan_moves_forward_only_through_a_transform(backend: str) -> None:
     assert torch.equal(found["filter"][kept], clean_gradients["filter"][kept])
 
 
-@pytest.mark.parametrize(("batch", "tokens", "channels"), [(5, 200, 20), (7, 40, 33), (1, 300, 300)])
+@pytest.mark.parametrize(("batch", "tokens", "channels"), [(5, 200, 20), (7, 40, 33), (1, 300, WIDE)])
 def test_threads_and_batch_change_no_bit(backend: str, batch: int, tokens: int, channels: int) -> None:
     if backend == "reference":
         pytest.skip("torch's own sums depend on the number of threads")

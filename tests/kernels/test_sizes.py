@@ -6,6 +6,7 @@ from __future__ import annotations
 from itertools import product
 
 import pytest
+import torch
 
 from star_kernels import _native
 from tests.fuzz.calls import CALLS
@@ -47,6 +48,7 @@ class Sized(Draw):
 
 
 def check(operator: str, seed: int, length: int, width: int, taps: int = 4) -> None:
+    torch.set_num_threads(1)  # two that wait for one another on busy cores take ten times as long
     draw = Sized(seed, length, width, taps)
     example = lay_out(CALLS[operator](draw, False), draw)
     check_example(example, BACKEND, compare=True, again=False)

@@ -167,7 +167,7 @@ template <class T> struct Forward {
       queries += one.queries * problem.key_heads;
     }
     // Long blocks, unless the threads would then have too few. A row's bits do not depend on its block.
-    int64_t length = larger(kQueries, kBlockRows / (maps * problem.group) / kQueries * kQueries);
+    int64_t length = larger(kQueries, kBlockRows / larger(1, maps * problem.group) / kQueries * kQueries);
     while (length > kQueries && queries < 4 * num_threads() * length) length -= kQueries;
     std::vector<Block> blocks;
     for (const Sequence& one : problem.sequences) {

@@ -71,20 +71,34 @@ def _gradient(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, *gradients = output
-    ctx.wanted = inputs[-3:]
+    ctx.settings = inputs[5:]
     ctx.mark_non_differentiable(*gradients)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*gradients)
+    if torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling():
+        ctx.held, ctx.pure = None, True
+        ctx.save_for_backward(*gradients)
+    else:
+        ctx.held, ctx.pure = gradients, False
+        ctx.save_for_backward(*inputs[1:5])
 
 
 def _scale_gradients(ctx: Any, dloss: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    """Give the gradients away, scaled where they lie: a copy of dweight would be the peak of the whole call.
+
+    A second backward through the same graph makes them again.
+    """
     found: list[Tensor | None] = [None, None, None]
+    wanted = ctx.settings[-3:]
     if dloss is not None:
-        # `loss.backward()` sends 1: reading that number saves a pass over dweight.
-        one = type(dloss) is Tensor and not torch._C._are_functorch_transforms_active() and dloss.item() == 1
-        for index, (gradient, want) in enumerate(zip(ctx.saved_tensors, ctx.wanted, strict=True)):
-            if want:
-                found[index] = gradient if one else gradient * dloss
+        if ctx.pure:
+            gradients = [one * dloss if want else one for one, want in zip(ctx.saved_tensors, wanted, strict=True)]
+        else:
+            gradients, ctx.held = ctx.held, None
+            if gradients is None:
+                _, *gradients = _gradients(None, *ctx.saved_tensors, *ctx.settings)
+            if dloss.item() != 1:  # `loss.backward()` sends 1: reading that number saves a pass over dweight
+                gradients = [one.mul_(dloss) for one in gradients]
+        found = [one if want else None for one, want in zip(gradients, wanted, strict=True)]
     dhidden, dweight, dbias = found
     return None, dhidden, dweight, None, dbias, None, None, None, None, None, None, None
 

@@ -1,0 +1,272 @@
+"""Short causal convolutions in Triton: one kernel forward, one backward, one for a step.
+
+A program takes a chunk of one sequence's tokens and a block of channels. Each of its rows is a segment of consecutive
+tokens that lie in registers, so that a token is loaded once, with W - 1 more before (and behind, for the gradient) that
+the cache has; an activation and its slope are computed once; and the filter's gradient is added up before threads meet.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from star_kernels._numerics import accumulator as wide
+from star_kernels._triton import interpreting, launch, triton_operator
+from star_kernels._triton_math import accumulator, next_power_of_2
+from star_kernels.short_conv.triton_kernels import conv_backward, conv_forward, conv_step
+
+# Segments of a chunk, and tokens of a segment. At 8 tokens and W = 4, 11 rows are read for 8.
+_SEGMENTS, _TOKENS = (4, 4) if interpreting() else (16, 8)
+_STEP_BLOCK = 256
+
+
+def _strides(x: Tensor | None, axes: int) -> tuple[int, ...]:
+    return (0,) * axes if x is None else x.stride()
+
+
+def _slots(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
+    """Return the chunks of an unpacked sequence, how many sequences there are, and the slots of all."""
+    chunk = _SEGMENTS * _TOKENS
+    if cu_seqlens is None:
+        chunks = max(1, triton.cdiv(x.shape[1], chunk))
+        return chunks, x.shape[0], x.shape[0] * chunks
+    sequences = cu_seqlens.shape[0] - 1
+    return 1, sequences, x.shape[1] // chunk + sequences if sequences else 0
+
+
+def _block(x: Tensor, size: int) -> int:
+    """Return a program's channels: `size` bytes for each of 128 threads."""
+    return min(next_power_of_2(x.shape[-1], 16), 128 * size // (x.element_size() * _SEGMENTS))
+
+
+def _conv(
+    x: Tensor,
+    gate_in: Tensor | None,
+    gate_out: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    y, final = _fake_conv(x, gate_in, gate_out, weight, bias, silu, state, cu_seqlens)
+    width, taps = weight.shape
+    chunks, sequences, slots = _slots(x, cu_seqlens)
+    block = _block(x, 16)
+    blocks = triton.cdiv(width, block)
+    launch(
+        conv_forward, (slots * blocks,),
+        x, _or(gate_in, x), _or(gate_out, x), weight, _or(bias, x), _or(state, x),
+        _or(cu_seqlens, x), y, final, x.shape[1], chunks, sequences, width, blocks, *x.stride(), *_strides(gate_in, 3),
+        *_strides(gate_out, 3), *weight.stride(), *_strides(bias, 1), *_strides(state, 3), *_strides(cu_seqlens, 1),
+        GATED=gate_in is not None, SILU=silu, BIAS=bias is not None, STATE=state is not None and taps > 1,
+        PACKED=cu_seqlens is not None, WIDTH=taps, ACC=accumulator(x), SEGMENTS=_SEGMENTS, TOKENS=_TOKENS, BLOCK=block,
+    )  # fmt: skip
+    return y, final
+
+
+def _or(one: Tensor | None, other: Tensor) -> Tensor:
+    return other if one is None else one
+
+
+def _conv_gradients(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    x: Tensor,
+    gate_in: Tensor | None,
+    gate_out: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients at x, both gates, the filter, the bias and the state; no elements where there is none."""
+    dx, dgate_in, dgate_out, dweight, dbias, dstate = _fake_gradients(
+        dy, dfinal, x, gate_in, gate_out, weight, bias, silu, state, cu_seqlens
+    )
+    width, taps = weight.shape
+    chunks, sequences, slots = _slots(x, cu_seqlens)
+    block = _block(x, 8)
+    blocks = triton.cdiv(width, block)
+    sums = torch.empty(slots, taps + 1, width, dtype=wide(x.dtype), device=x.device)
+    launch(
+        conv_backward, (slots * blocks,),
+        dy, _or(dfinal, x), x, _or(gate_in, x), _or(gate_out, x), weight, _or(bias, x),
+        _or(state, x), _or(cu_seqlens, x), dx, dgate_in, dgate_out, dstate, sums, x.shape[1], chunks, sequences, width,
+        blocks, *dy.stride(), *_strides(dfinal, 3), *x.stride(), *_strides(gate_in, 3), *_strides(gate_out, 3),
+        *weight.stride(), *_strides(bias, 1), *_strides(state, 3), *_strides(cu_seqlens, 1),
+        GATED=gate_in is not None, SILU=silu, BIAS=bias is not None, STATE=state is not None and taps > 1,
+        FINAL=dfinal is not None and taps > 1, PACKED=cu_seqlens is not None, WIDTH=taps, ACC=accumulator(x),
+        SEGMENTS=_SEGMENTS, TOKENS=_TOKENS, BLOCK=block,
+    )  # fmt: skip
+    total = sums.sum(0)
+    dweight.copy_(total[:-1].t())
+    if bias is not None:
+        dbias.copy_(total[-1])
+    return dx, dgate_in, dgate_out, dweight, dbias, dstate
+
+
+def _conv_step(
+    state: Tensor,
+    x: Tensor,
+    gate_in: Tensor | None,
+    gate_out: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    y, new = _fake_step(state, x, gate_in, gate_out, weight, bias, silu)
+    width, taps = weight.shape
+    block = min(next_power_of_2(width, 16), _STEP_BLOCK)
+    blocks = triton.cdiv(width, block)
+    launch(
+        conv_step, (x.shape[0] * blocks,),
+        state, x, _or(gate_in, x), _or(gate_out, x), weight, _or(bias, x), y, new, width,
+        blocks, *state.stride(), *x.stride(), *_strides(gate_in, 2), *_strides(gate_out, 2), *weight.stride(),
+        *_strides(bias, 1), GATED=gate_in is not None, SILU=silu, BIAS=bias is not None, WIDTH=taps,
+        ACC=accumulator(x), BLOCK=block, num_warps=2,
+    )  # fmt: skip
+    return y, new
+
+
+def _like(one: Tensor | None, first: Tensor) -> Tensor:
+    """Return an empty tensor like the first; without elements for None."""
+    return first.new_empty(0) if one is None else torch.empty(one.shape, dtype=one.dtype, device=one.device)
+
+
+def _fake_conv(
+    x: Tensor,
+    gate_in: Tensor | None,
+    gate_out: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    shape = (sequences, x.shape[-1], weight.shape[1] - 1)
+    return _like(x, x), torch.empty(shape, dtype=wide(x.dtype), device=x.device)
+
+
+def _fake_gradients(
+    dy: Tensor,
+    dfinal: Tensor | None,
+    x: Tensor,
+    gate_in: Tensor | None,
+    gate_out: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dx, dgate_in, dgate_out, dweight, dbias, dstate = (
+        _like(one, x) for one in (x, gate_in, gate_out, weight, bias, state)
+    )
+    return dx, dgate_in, dgate_out, dweight, dbias, dstate
+
+
+def _fake_step(
+    state: Tensor,
+    x: Tensor,
+    gate_in: Tensor | None,
+    gate_out: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    silu: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = (*x.shape, weight.shape[1] - 1)
+    return _like(x, x), torch.empty(shape, dtype=wide(x.dtype), device=x.device)
+
+
+def _given(arguments: tuple[Tensor | None, ...], gradients: tuple[Tensor, ...]) -> list[Tensor | None]:
+    """Return None as the gradient of what was not given."""
+    return [None if one is None else gradient for one, gradient in zip(arguments, gradients, strict=True)]
+
+
+def _save_conv(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.silu, state, cu_seqlens = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, state, cu_seqlens)
+
+
+def _conv_gradient(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+    *tensors, state, cu_seqlens = ctx.saved_tensors
+    dy = torch.zeros_like(tensors[0]) if dy is None else dy
+    gradients = _backward_operator(dy, dfinal, *tensors, ctx.silu, state, cu_seqlens)
+    *own, dstate = _given((*tensors, state), gradients)
+    return *own, None, dstate, None
+
+
+def _save_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    *tensors, ctx.silu = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _step_gradient(ctx: Any, dy: Tensor | None, dnew: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Differentiate a step as a sequence of one token."""
+    state, *timed, weight, bias = ctx.saved_tensors
+    dy = torch.zeros_like(timed[0]) if dy is None else dy
+    tokens = [None if one is None else one.unsqueeze(1) for one in timed]
+    gradients = _backward_operator(dy.unsqueeze(1), dnew, *tokens, weight, bias, ctx.silu, state, None)
+    dx, din, dout, dweight, dbias, dstate = _given((*timed, weight, bias, state), gradients)
+    dx, din, dout = (None if one is None else one.squeeze(1) for one in (dx, din, dout))
+    return dstate, dx, din, dout, dweight, dbias, None
+
+
+_backward_operator = triton_operator("short_conv_backward", _conv_gradients, fake=_fake_gradients)
+_forward_operator = triton_operator(
+    "short_conv", _conv, fake=_fake_conv, setup_context=_save_conv, backward=_conv_gradient
+)
+_step_operator = triton_operator(
+    "short_conv_step", _conv_step, fake=_fake_step, setup_context=_save_step, backward=_step_gradient
+)
+
+
+def causal_conv1d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Serve `star_kernels.causal_conv1d`; both names of the activation are one."""
+    y, final = _forward_operator(x, None, None, weight, bias, activation is not None, initial_state, cu_seqlens)
+    return y, final
+
+
+def gated_short_conv(
+    x: Tensor,
+    gate_in: Tensor,
+    gate_out: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Serve `star_kernels.gated_short_conv`."""
+    y, final = _forward_operator(x, gate_in, gate_out, weight, bias, False, initial_state, cu_seqlens)
+    return y, final
+
+
+def causal_conv1d_step(
+    state: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None
+) -> tuple[Tensor, Tensor]:
+    """Serve `star_kernels.causal_conv1d_step`."""
+    y, new = _step_operator(state, x, None, None, weight, bias, activation is not None)
+    return y, new
+
+
+def gated_short_conv_step(
+    state: Tensor, x: Tensor, gate_in: Tensor, gate_out: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Serve `star_kernels.gated_short_conv_step`."""
+    y, new = _step_operator(state, x, gate_in, gate_out, weight, bias, False)
+    return y, new

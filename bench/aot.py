@@ -216,10 +216,14 @@ def write(rows: Sequence[Row], path: Path) -> None:
 
 def regressions(new: Iterable[Row], old: Iterable[Row]) -> list[str]:
     """Say what became worse: spills, a tenth more registers or shared memory, lost wide loads, other instructions."""
-    known = {_key(row): row.binary for row in old}
+    # A kernel may be compiled more than once for a case, such as forward and backward in time: in the same order.
+    known: dict[tuple[Any, ...], list[Binary]] = {}
+    for row in old:
+        known.setdefault(_key(row), []).append(row.binary)
     found = []
     for row in new:
-        before, now = known.get(_key(row)), row.binary
+        same = known.get(_key(row))
+        before, now = same.pop(0) if same else None, row.binary
         label = f"{row.kernel} of {row.operator} {row.case} on {row.target}"
         if now.spill_bytes > (before.spill_bytes if before else 0):
             found.append(f"{label}: spills {now.spill_bytes} bytes")

@@ -53,6 +53,14 @@ def test_a_regression_is_named() -> None:
         assert "_forward of ssd B2 on sm_90" in found
 
 
+def test_a_kernel_compiled_twice_for_a_case_is_held_to_its_own_row() -> None:
+    binary = Binary(registers=40, spill_bytes=0, shared_bytes=4096, occupancy=75, loads=4, wide_loads=4, matrix="wgmma")
+    one = aot.Row("ssd", "B2", "bfloat16", "_states", "sm_90", 4, 2, 64, 1.0, binary)
+    other = replace(one, binary=replace(binary, registers=180, spill_bytes=64))
+    assert not aot.regressions([one, other], [one, other])
+    assert len(aot.regressions([other, one], [one, other])) == 2
+
+
 @pytest.fixture(scope="module")
 def _triton_installed() -> None:
     pytest.importorskip("triton")

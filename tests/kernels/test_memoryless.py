@@ -78,6 +78,7 @@ def test_units_save_their_inputs_alone() -> None:
 
 class TestChannelMix(OperatorConformance):
     operator = "channel_mix"
+    torch_backends = ("reference", "triton")
     timed = ("x",)
     variants = 4
     torch_variants = (2,)

@@ -6,6 +6,7 @@ way too; grouped and dense mixing are matrix products, which the vendor's librar
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -240,5 +241,5 @@ def channel_mix(x: Tensor, weight: Tensor) -> Tensor:
         if weight.ndim == 2:
             return functional.linear(x_wide, weight).to(x.dtype)
         groups, width = weight.shape[:2]
-        grouped = x_wide.reshape(-1, groups, width).transpose(0, 1)
+        grouped = x_wide.reshape(math.prod(x.shape[:-1]), groups, width).transpose(0, 1)
         return torch.bmm(grouped, weight.transpose(1, 2)).transpose(0, 1).reshape(x.shape).to(x.dtype)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -80,6 +81,9 @@ EXTREMES: tuple[Case, ...] = (
 """Sizes whose configurations differ most from the defaults."""
 
 _ALL = (*CASES, *EXTREMES)
+_COLUMNS = (
+    "operator", "case", "kernel", "target", "warps", "registers", "spills", "shared", "occupancy", "loads", "matrix",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,23 +115,23 @@ class Row:
     binary: Binary
 
 
-def launches_of(case: Case) -> list[tuple[_triton.Launch, float]]:
-    """Return what a case launches, forward and backward, each kernel once, with its traffic."""
-    launches, work = _record(case)
+def launches_of(case: Case, target: Target) -> list[tuple[_triton.Launch, float]]:
+    """Return what a case launches on a target, forward and backward, each kernel once, with its traffic."""
+    launches, work = _record(case, target.gpu)
     distinct = {identity(one): one for one in launches}
     return [(one, _bytes(one) / work.bytes) for one in distinct.values()]
 
 
 def launch_count(case: Case) -> tuple[int, Work]:
     """Return how many kernels of ours a case starts, forward and backward, and what it has to do."""
-    launches, work = _record(case)
+    launches, work = _record(case, TARGETS[1].gpu)
     return len(launches), work
 
 
-def _record(case: Case) -> tuple[list[_triton.Launch], Work]:
+def _record(case: Case, gpu: _triton.Gpu) -> tuple[list[_triton.Launch], Work]:
     inputs = build(case)
     step = case.operator.endswith("_step")
-    with _triton.recording() as launches, torch.set_grad_enabled(not step):
+    with _triton.recording(gpu) as launches, torch.set_grad_enabled(not step):
         if not step:
             for name in inputs.leaves:
                 inputs.args[name].requires_grad_()
@@ -156,25 +160,18 @@ def compile_case(case: Case, targets: Sequence[Target]) -> list[Row]:
             target=target.name,
             num_warps=launch.num_warps,
             num_stages=launch.num_stages,
-            programs=_product(launch.grid),
+            programs=math.prod(launch.grid),
             traffic=round(traffic, 3),
             binary=compile_for(launch, target),
         )
-        for launch, traffic in launches_of(case)
         for target in targets
+        for launch, traffic in launches_of(case, target)
     ]
-
-
-def _product(grid: Iterable[int]) -> int:
-    total = 1
-    for axis in grid:
-        total *= axis
-    return total
 
 
 def grid_of(chosen: Iterable[Case], dtypes: Iterable[str] = DTYPES) -> list[tuple[int, str]]:
     """Return the cases whose operator has Triton kernels, in each dtype: their numbers, and the dtypes."""
-    served = {operator for operators in _triton.OPERATORS.values() for operator in operators}
+    served = _triton.served()
     numbers = [number for number, case in enumerate(_ALL) if case in chosen and case.operator in served]
     return [(number, dtype) for number in numbers for dtype in dtypes]
 
@@ -245,20 +242,8 @@ def _key(row: Row) -> tuple[Any, ...]:
 
 def _show(rows: Sequence[Row], console: Console) -> None:
     table = Table(title="Triton kernels, compiled ahead of time")
-    for name in (
-        "operator",
-        "case",
-        "kernel",
-        "target",
-        "warps",
-        "registers",
-        "spills",
-        "shared",
-        "occupancy",
-        "loads",
-    ):
+    for name in _COLUMNS:
         table.add_column(name)
-    table.add_column("matrix")
     for row in rows:
         one = row.binary
         numbers = row.num_warps, one.registers, one.spill_bytes, one.shared_bytes, f"{one.occupancy} %"
@@ -280,11 +265,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = [case for case in CASES if not options.operator or case.operator in options.operator]
     extremes = [case for case in EXTREMES if not options.operator or case.operator in options.operator]
     targets = [one for one in TARGETS if not options.target or one.name in options.target]
-    rows = [
-        row for found in compile_all(grid_of(chosen, options.dtype or DTYPES), targets, options.jobs) for row in found
-    ]
-    unusual = grid_of(extremes, options.dtype or DTYPES) if options.extremes else []
-    others = [row for found in compile_all(unusual, targets, options.jobs) for row in found]
+    dtypes = options.dtype or DTYPES
+    rows, others = (
+        [row for found in compile_all(grid_of(some, dtypes), targets, options.jobs) for row in found]
+        for some in (chosen, extremes if options.extremes else [])
+    )
     console = Console(width=None if sys.stdout.isatty() else 200)
     _show(rows + others, console)
     worse = regressions(rows, read(COMMITTED) if COMMITTED.exists() and not options.write else ())

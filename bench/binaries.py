@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from star_kernels._triton import Launch
+from star_kernels._triton import Gpu, Launch
 
 _NAMES = {
     torch.float32: "fp32",
@@ -51,6 +51,11 @@ class Target:
     granule: int
     shared: int
     most_shared: int
+
+    @property
+    def gpu(self) -> Gpu:
+        """What the operators' host code is told of it."""
+        return Gpu(self.backend, self.arch, self.most_shared)
 
 
 # CUDA C++ programming guide, table of technical specifications; AMD CDNA 3 instruction set guide (four SIMDs of eight
@@ -181,7 +186,9 @@ def _amd_usage(text: str) -> tuple[int, int]:
         found = re.search(rf"\.{field}:\s+(\d+)", text)
         return int(found[1]) if found else 0
 
-    return number("vgpr_count") + number("agpr_count"), 4 * number("vgpr_spill_count") + 4 * number("sgpr_spill_count")
+    # What is written to memory. The counts of spilled registers hold others too: a scalar register goes to a lane of a
+    # vector register first, a vector register to an accumulation register.
+    return number("vgpr_count") + number("agpr_count"), number("private_segment_fixed_size")
 
 
 def _amd_instructions(text: str) -> tuple[int, int, str]:

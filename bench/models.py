@@ -116,8 +116,7 @@ def measure_model(
     makers: dict[str, Callable[[CausalLanguageModel], Provider]] = {
         "prefill_ms": lambda copied: _prefill(copied, tokens[:1, :seq_len]),
         "decode_ms_per_token": lambda copied: _decode(copied, prompt, decode_tokens),
-        # A step is far too long to need repeating within a sample: with `prepare`, no calls are spent to find that out.
-        "train_ms_per_step": lambda copied: Provider(_TrainingStep(copied, tokens), prepare=lambda: None),
+        "train_ms_per_step": lambda copied: Provider(_TrainingStep(copied, tokens), once=True),
     }
     result: dict[str, float] = {}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):

@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="(%(default)s)")
     options = parser.parse_args(arguments)
     dtype = getattr(torch, options.dtype)
-    served = {operator for operators in _triton.OPERATORS.values() for operator in operators}
+    served = _triton.served()
     table = Table(title=f"Least time in microseconds, {options.dtype}, forward and backward (steps: one token)")
     for name in ("operator", "case", "launches", "MB", "GFLOP", *(card.name for card in CARDS)):
         table.add_column(name)

@@ -231,8 +231,7 @@ def _time(
     samples = settings.min_samples if seconds[STAR] < settings.slow_s else settings.slow_samples
     measured = _measure({**timed, **{_key(name): one.run for name, one in ceilings.items()}}, samples, settings)
     if slow:
-        # With something to prepare, the harness does not spend two more calls on how many make a sample.
-        once = {name: Provider(run, prepare=_nothing) for name, run in slow.items()}
+        once = {name: Provider(run, once=True) for name, run in slow.items()}
         beside = _measure({STAR: runs[STAR], **once}, settings.slow_samples, settings)
         measured |= {name: beside[name] for name in slow}
     # How long the ceilings would take for the same, of our time.
@@ -242,10 +241,6 @@ def _time(
         for bound, amounts in _amounts(work).items()
     }
     return {name: measured[name] for name in runs if name in measured}, percents
-
-
-def _nothing() -> None:
-    """Prepare a call that needs no preparation."""
 
 
 def _measure(

@@ -37,10 +37,13 @@ class Provider:
     Attributes:
         run: Timed. With `prepare`, a sample is exactly one call.
         prepare: Called right before each sample; None where `run` can be called again and again.
+        once: Whether a sample is exactly one call without `prepare` too, where a call is known to be long enough: none
+            are spent to find that out.
     """
 
     run: Callable[[], object]
     prepare: Callable[[], object] | None = None
+    once: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.run):
@@ -269,7 +272,7 @@ def _sample(provider: Provider, calls: int, synchronize: Callable[[], None] | No
 
 def _calls_per_sample(provider: Provider, synchronize: Callable[[], None] | None) -> int:
     """Return how many calls a sample needs for the clock to be negligible."""
-    if provider.prepare is not None:
+    if provider.once or provider.prepare is not None:
         return 1
     wanted = _SAMPLE_S if synchronize is None else _SAMPLE_CUDA_S
     calls = 1

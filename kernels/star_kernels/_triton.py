@@ -10,6 +10,7 @@ turns into a list of what would have been started: so the kernels can be compile
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -59,6 +60,43 @@ def _unavailable() -> str | None:
 
 
 @dataclass(frozen=True)
+class Gpu:
+    """What a kernel's configuration may depend on.
+
+    Attributes:
+        backend: "cuda", or "hip" for AMD's, whose warps have 64 threads and whose threads have up to 512 registers
+            where a program has at most 4 warps, 256 where it has 8.
+        arch: Compute capability times 10, or AMD's name.
+        shared_bytes: Shared memory that one program may have.
+    """
+
+    backend: str
+    arch: int | str
+    shared_bytes: int
+
+
+# What tensors of the interpreter and of a recording for no GPU in particular stand for.
+_H100 = Gpu("cuda", 90, 227 * 1024)
+
+
+def gpu_of(tensor: Tensor) -> Gpu:
+    """Return the GPU that kernels for this tensor run on."""
+    if _recorded is not None or tensor.device.type != "cuda":
+        return _recorded_for
+    return _gpu(tensor.device.index)
+
+
+@functools.cache
+def _gpu(index: int) -> Gpu:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return Gpu("hip", properties.gcnArchName.split(":")[0], properties.shared_memory_per_block)
+    # torch's type stubs do not know this field.
+    shared: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return Gpu("cuda", 10 * properties.major + properties.minor, shared)
+
+
+@dataclass(frozen=True)
 class Launch:
     """A kernel's start, as `launch` was asked for it.
 
@@ -78,28 +116,33 @@ class Launch:
 
 
 _recorded: list[Launch] | None = None
+_recorded_for = _H100
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
+def recording(gpu: Gpu = _H100) -> Iterator[list[Launch]]:
     """Start no kernel inside, and list those that would have been started.
 
     CPU tensors stand in for a GPU's: public operators take them with `backend="triton"`, on a machine without a GPU
     too. What they return is not set.
 
+    Args:
+        gpu: The one whose kernels are listed; an H100 unless told.
+
     Raises:
         ValueError: triton is not installed.
     """
-    global _recorded
+    global _recorded, _recorded_for
     if importlib.util.find_spec("triton") is None:
         raise ValueError("recording needs triton, which is not installed")
-    before, _recorded = _recorded, []
+    before = _recorded, _recorded_for
+    _recorded, _recorded_for = [], gpu
     dispatch.declare_backend(BACKEND, device_types=("cuda", "cpu"))
     entries = [(operator, _register(operator, module, ("cpu",))) for module, operator in _modules()]
     try:
         yield _recorded
     finally:
-        _recorded = before
+        _recorded, _recorded_for = before
         for operator, entry in entries:
             dispatch.withdraw(operator, entry)
         _declare()
@@ -156,6 +199,11 @@ def triton_operator(
     if backward is not None:
         operator.register_autograd(backward, setup_context=setup_context)
     return operator
+
+
+def served() -> set[str]:
+    """Return the public operators that have Triton kernels."""
+    return {operator for _, operator in _modules()}
 
 
 def _modules() -> list[tuple[str, str]]:

@@ -72,13 +72,27 @@ def expm1(x):
 
 
 @triton.jit
+def sequence_of(slot, ends, ends_step, count, CHUNK: tl.constexpr):
+    """Return the packed sequence that a slot belongs to: the last whose first slot, begin // CHUNK + index, it reaches.
+
+    Slots that are laid out so leave room for every chunk, and one for an empty sequence, with no sum over those before.
+    """
+    low = slot * 0
+    high = low + count
+    while high - low > 1:
+        middle = (low + high) // 2
+        reached = tl.load(ends + middle * ends_step).to(tl.int64) // CHUNK + middle <= slot
+        low = tl.where(reached, middle, low)
+        high = tl.where(reached, high, middle)
+    return low
+
+
+@triton.jit
 def tanh(x):
     """tanh, to 1.5 units in the last place of float32: a polynomial below 0.55, the exponential above."""
     e = tl.exp(-2.0 * tl.abs(x))
     if x.dtype == tl.float64:
-        y = -2.0 * tl.abs(x)
-        less = tl.where(e == 1.0, y, (e - 1.0) * (y / tl.where(e == 1.0, 1.0, tl.log(e))))  # e - 1 (Kahan)
-        less = tl.where(e < 0.5, e - 1.0, less)
+        less = expm1(-2.0 * tl.abs(x))
         return tl.where(x < 0, less, -less) / (1.0 + e)
     else:
         y = x * x

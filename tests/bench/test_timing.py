@@ -92,6 +92,19 @@ def test_preparing_is_not_timed(clock: FakeClock) -> None:
     assert len(prepared) == 2 + 5
 
 
+def test_once_spends_no_call_on_how_many_make_a_sample(clock: FakeClock) -> None:
+    calls: list[None] = []
+    once = clock.call_lasting(1e-6)
+
+    def run() -> None:
+        calls.append(None)
+        once()
+
+    got = measure(Provider(run, once=True), warmup=2, min_samples=5, min_seconds=0, max_seconds=1000)
+    assert got.calls_per_sample == 1
+    assert len(calls) == 2 + 5
+
+
 def test_sampling_goes_on_for_min_seconds(clock: FakeClock) -> None:
     assert measure(clock.call_lasting(1.0), min_samples=5, min_seconds=20.0, max_seconds=100.0).samples == 20
 

@@ -8,23 +8,16 @@ import torch
 from torch import Tensor
 
 from star_kernels._native import native_operator, serve
+from star_kernels._operands import like, score_factor, wide
 
 Gradients = tuple[Tensor | None, ...]
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def _fake_forward(q: Tensor, v: Tensor, maps: int, kept: int) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens, heads, _ = q.shape
     o = q.new_empty(batch, tokens, heads, v.shape[3])
-    stats = q.new_empty(maps, 2, batch, heads, tokens, dtype=_wide(q))
-    return o, stats, q.new_empty(kept, *o.shape, dtype=_wide(q))
+    stats = q.new_empty(maps, 2, batch, heads, tokens, dtype=wide(q))
+    return o, stats, q.new_empty(kept, *o.shape, dtype=wide(q))
 
 
 def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,7 +27,7 @@ def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, T
 def _fake_attention_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _like(q), _like(k), _like(v), q.new_empty(0, dtype=_wide(q)) if sinks is None else _like(sinks)
+    return like(q), like(k), like(v), q.new_empty(0, dtype=wide(q)) if sinks is None else like(sinks)
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -58,7 +51,7 @@ def _fake_differential(
 
 
 def _fake_differential_backward(do: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return tuple(_like(one) for one in inputs[:6])
+    return tuple(like(one) for one in inputs[:6])
 
 
 def _save_differential(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -100,10 +93,6 @@ _step_backward = native_operator("attention_step_backward", fake=_fake_attention
 _step = native_operator("attention_step", fake=_fake_step, setup_context=_save_step, backward=_step_gradient)
 
 
-def _scale(scale: float | None, width: int) -> float:
-    return scale if scale is not None else max(width, 1) ** -0.5
-
-
 def attention(
     q: Tensor,
     k: Tensor,
@@ -117,7 +106,7 @@ def attention(
     cu_seqlens_k: Tensor | None,
 ) -> Tensor:
     """Serve `star_kernels.attention`."""
-    factor = _scale(scale, q.shape[3])
+    factor = score_factor(scale, q.shape[3])
     o: Tensor = _attention(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, causal, window or 0, factor, softcap or 0.0)[0]
     return o
 
@@ -136,7 +125,7 @@ def differential_attention(
     cu_seqlens_k: Tensor | None,
 ) -> Tensor:
     """Serve `star_kernels.differential_attention`."""
-    factor = _scale(scale, q1.shape[3])
+    factor = score_factor(scale, q1.shape[3])
     o: Tensor = _differential(q1, k1, q2, k2, v, lam, cu_seqlens_q, cu_seqlens_k, causal, window or 0, factor)[0]
     return o
 
@@ -162,7 +151,7 @@ def attention_step(
         raise ValueError("window or softcap is out of its range")
     if sinks is not None and sinks.ndim != 1:
         raise ValueError("sinks needs one axis")
-    o: Tensor = _step(q, k, v, sinks, lengths, held, window or 0, _scale(scale, q.shape[2]), softcap or 0.0)
+    o: Tensor = _step(q, k, v, sinks, lengths, held, window or 0, score_factor(scale, q.shape[2]), softcap or 0.0)
     return o
 
 

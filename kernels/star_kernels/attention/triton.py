@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from star_kernels._operands import like, score_factor, wide
 from star_kernels._triton import triton_operator
-from star_kernels.attention.triton_problem import Problem, run_backward, run_forward, wide
+from star_kernels.attention.triton_problem import Problem, run_backward, run_forward
 from star_kernels.attention.triton_step import attend_newest
 
 Gradients = tuple[Tensor | None, ...]
@@ -149,10 +150,6 @@ def _step_gradients(
 # What torch needs to know of them.
 
 
-def _like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
 def _fake_forward(q: Tensor, v: Tensor, maps: int, kept: int) -> tuple[Tensor, Tensor, Tensor]:
     batch, queries, heads, _ = q.shape
     o = q.new_empty(batch, queries, heads, v.shape[3])
@@ -167,7 +164,7 @@ def _fake_attention(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Ten
 def _fake_gradients(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _like(q), _like(k), _like(v), q.new_empty(0, dtype=wide(q)) if sinks is None else _like(sinks)
+    return like(q), like(k), like(v), q.new_empty(0, dtype=wide(q)) if sinks is None else like(sinks)
 
 
 def _save_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -192,7 +189,7 @@ def _fake_differential(
 
 
 def _fake_differential_gradients(do: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return tuple(_like(one) for one in inputs[:6])
+    return tuple(like(one) for one in inputs[:6])
 
 
 def _save_differential(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -240,10 +237,6 @@ _step_forward = triton_operator(
 )
 
 
-def _scale(scale: float | None, width: int) -> float:
-    return scale if scale is not None else max(width, 1) ** -0.5
-
-
 def attention(
     q: Tensor,
     k: Tensor,
@@ -258,7 +251,7 @@ def attention(
 ) -> Tensor:
     """Serve `star_kernels.attention`."""
     keep = torch.is_grad_enabled() and q.element_size() == 2
-    options = causal, window or 0, _scale(scale, q.shape[3]), softcap or 0.0, keep
+    options = causal, window or 0, score_factor(scale, q.shape[3]), softcap or 0.0, keep
     o: Tensor = _attention_forward(q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, *options)[0]
     return o
 
@@ -277,7 +270,7 @@ def differential_attention(
     cu_seqlens_k: Tensor | None,
 ) -> Tensor:
     """Serve `star_kernels.differential_attention`."""
-    options = causal, window or 0, _scale(scale, q1.shape[3]), torch.is_grad_enabled()
+    options = causal, window or 0, score_factor(scale, q1.shape[3]), torch.is_grad_enabled()
     o: Tensor = _differential_forward(q1, k1, q2, k2, v, lam, cu_seqlens_q, cu_seqlens_k, *options)[0]
     return o
 
@@ -295,5 +288,7 @@ def attention_step(
     """Serve `star_kernels.attention_step`."""
     lengths = length if isinstance(length, Tensor) else None
     held = length if isinstance(length, int) else k.shape[1]
-    o: Tensor = _step_forward(q, k, v, sinks, lengths, held, window or 0, _scale(scale, q.shape[2]), softcap or 0.0)
+    o: Tensor = _step_forward(
+        q, k, v, sinks, lengths, held, window or 0, score_factor(scale, q.shape[2]), softcap or 0.0
+    )
     return o

@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from star_kernels._operands import wide
 from star_kernels._triton import launch
 from star_kernels._triton_math import accumulator, next_power_of_2
 from star_kernels.attention.triton_backward import backward_keys, backward_queries
@@ -127,11 +128,6 @@ def _strides(*tensors: Tensor) -> list[int]:
 def _head_stride(parameter: Tensor | None) -> int:
     """Return the step from a head's number to the next; 0 where one number is for all, or there is none."""
     return parameter.stride(0) if parameter is not None and parameter.ndim else 0
-
-
-def wide(x: Tensor) -> torch.dtype:
-    """Return the dtype of sums."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def run_forward(problem: Problem, lam: Tensor | None, sinks: Tensor | None, keep: bool) -> tuple[Tensor, ...]:

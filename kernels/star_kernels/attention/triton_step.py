@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from star_kernels._operands import wide
 from star_kernels._triton import launch
 from star_kernels._triton_math import accumulator, next_power_of_2
 from star_kernels.attention.triton_forward import finish
@@ -139,9 +140,9 @@ def attend_newest(
         splits = min(triton.cdiv(size, _PART), triton.cdiv(window, _PART) + 1 if window else size)
     splits = max(splits, 1)
     alone = splits == 1
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    parts = o if alone else torch.empty(batch, heads, splits, value_width, dtype=wide, device=q.device)
-    sums = torch.empty(0 if alone else 2, batch, heads, splits, dtype=wide, device=q.device)
+    acc = wide(q)
+    parts = o if alone else torch.empty(batch, heads, splits, value_width, dtype=acc, device=q.device)
+    sums = torch.empty(0 if alone else 2, batch, heads, splits, dtype=acc, device=q.device)
     tops, totals = (o, o) if alone else (sums[0], sums[1])
     own_heads = min(64, next_power_of_2(group, 16))
     chunks = triton.cdiv(group, own_heads)

@@ -8,27 +8,12 @@ import torch
 from torch import Tensor
 
 from star_kernels._native import native_operator, serve
+from star_kernels._operands import given, like, like_or_none, wide
 
 
-def _like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _like_or_none(x: Tensor | None, first: Tensor) -> Tensor:
-    """Stand for the gradient of an optional argument: the operators return no elements where there is none."""
-    return torch.empty(0, dtype=first.dtype, device=first.device) if x is None else _like(x)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _skip_gradient(skip: Tensor | None, x: Tensor) -> Tensor:
-    return torch.empty(0, dtype=_wide(x.dtype), device=x.device) if skip is None else _like(skip)
-
-
-def _given(argument: Tensor | None, gradient: Tensor) -> Tensor | None:
-    return None if argument is None else gradient
+def _gate_gradient(gate: Tensor | None, x: Tensor) -> Tensor:
+    """Stand for the gradient of a gate: the operators return no elements of x's dtype where there is none."""
+    return torch.empty(0, dtype=x.dtype, device=x.device) if gate is None else like(gate)
 
 
 def _fake_long_conv(
@@ -39,7 +24,7 @@ def _fake_long_conv(
     skip: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:
-    return _like(x)
+    return like(x)
 
 
 def _fake_long_conv_backward(
@@ -51,8 +36,8 @@ def _fake_long_conv_backward(
     skip: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gates = _like_or_none(gate_in, x), _like_or_none(gate_out, x)
-    return _like(x), _like(filter), *gates, _skip_gradient(skip, x)
+    gates = _gate_gradient(gate_in, x), _gate_gradient(gate_out, x)
+    return like(x), like(filter), *gates, like_or_none(skip, x)
 
 
 def _save_inputs(ctx: Any, inputs: tuple[Tensor | None, ...], output: Any) -> None:
@@ -62,7 +47,7 @@ def _save_inputs(ctx: Any, inputs: tuple[Tensor | None, ...], output: Any) -> No
 def _long_conv_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, filter, gate_in, gate_out, skip, cu_seqlens = ctx.saved_tensors
     dx, dfilter, dgate_in, dgate_out, dskip = _long_conv_backward(dy, x, filter, gate_in, gate_out, skip, cu_seqlens)
-    return dx, dfilter, _given(gate_in, dgate_in), _given(gate_out, dgate_out), _given(skip, dskip), None
+    return dx, dfilter, given(gate_in, dgate_in), given(gate_out, dgate_out), given(skip, dskip), None
 
 
 def _fake_step(
@@ -75,7 +60,7 @@ def _fake_step(
 ) -> tuple[Tensor, Tensor]:
     kept = min(state.shape[1] + 1, filter.shape[1] - 1)
     shape = (x.shape[0], kept, x.shape[1])
-    return _like(x), torch.empty(shape, dtype=_wide(x.dtype), device=x.device)
+    return like(x), torch.empty(shape, dtype=wide(x), device=x.device)
 
 
 def _fake_step_backward(
@@ -88,8 +73,8 @@ def _fake_step_backward(
     gate_out: Tensor | None,
     skip: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gates = _like_or_none(gate_in, x), _like_or_none(gate_out, x)
-    return _like(state), _like(x), _like(filter), *gates, _skip_gradient(skip, x)
+    gates = _gate_gradient(gate_in, x), _gate_gradient(gate_out, x)
+    return like(state), like(x), like(filter), *gates, like_or_none(skip, x)
 
 
 def _step_gradient(ctx: Any, dy: Tensor, dnew_state: Tensor) -> tuple[Tensor | None, ...]:
@@ -97,7 +82,7 @@ def _step_gradient(ctx: Any, dy: Tensor, dnew_state: Tensor) -> tuple[Tensor | N
     dstate, dx, dfilter, dgate_in, dgate_out, dskip = _step_backward(
         dy, dnew_state, state, x, filter, gate_in, gate_out, skip
     )
-    return dstate, dx, dfilter, _given(gate_in, dgate_in), _given(gate_out, dgate_out), _given(skip, dskip)
+    return dstate, dx, dfilter, given(gate_in, dgate_in), given(gate_out, dgate_out), given(skip, dskip)
 
 
 _long_conv_backward = native_operator("long_conv_backward", fake=_fake_long_conv_backward)

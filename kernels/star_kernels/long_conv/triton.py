@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from star_kernels._operands import given, like, sequences_of, strides, wide
 from star_kernels._triton import launch, triton_operator
 from star_kernels._triton_math import accumulator, clean, next_power_of_2, product
 
@@ -261,19 +262,11 @@ def _finish_gradients(
         tl.store(dgate_out + target, out * tl.load(dy + where, mask=inside, other=0.0).to(ACC), mask=inside)
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _strides(x: Tensor | None, axes: int) -> tuple[int, ...]:
-    return (0,) * axes if x is None else x.stride()
-
-
 def _turned(x: Tensor, gate: Tensor | None) -> Tensor:
     """Return an empty (B, D, T) for gate x, in x's dtype where there is no gate; T is filled up for wide loads."""
     batch, tokens, channels = x.shape
     pitch = triton.cdiv(tokens, _BLOCK) * _BLOCK
-    return torch.empty(batch, channels, pitch, dtype=x.dtype if gate is None else _wide(x), device=x.device)
+    return torch.empty(batch, channels, pitch, dtype=x.dtype if gate is None else wide(x), device=x.device)
 
 
 class _Shape:
@@ -284,7 +277,7 @@ class _Shape:
         self.reach = min(filter.shape[1], self.tokens)
         self.tiles = triton.cdiv(self.tokens, _TILE), triton.cdiv(self.channels, _TILE)
         self.programs = self.batch * self.tiles[0] * self.tiles[1]
-        self.sequences = self.batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        self.sequences = sequences_of(x, cu_seqlens)
         blocks = triton.cdiv(self.tokens, _BLOCK)
         self.columns = self.batch * blocks if cu_seqlens is None else blocks + self.sequences
         self.search = self.sequences.bit_length()
@@ -299,7 +292,7 @@ def _launch_convolutions(
     shape: _Shape, filter: Tensor, ends: Tensor | None, u: Tensor, dv: Tensor | None, convolve: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return u convolved, if asked, and dv backwards in time, if given."""
-    kind: dict[str, Any] = {"dtype": _wide(u), "device": u.device}
+    kind: dict[str, Any] = {"dtype": wide(u), "device": u.device}
     y = torch.empty(u.shape, **kind) if convolve else None
     du = None if dv is None else torch.empty(u.shape, **kind)
     blocks = triton.cdiv(shape.columns, shape.options["COLUMNS"])
@@ -316,18 +309,18 @@ def _long_conv(
     x: Tensor, filter: Tensor, gate_in: Tensor | None, gate_out: Tensor | None, skip: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = like(x)
     if not x.numel():
         return y
     shape, u = _Shape(x, filter, cu_seqlens), _turned(x, gate_in)
     sizes = (shape.tokens, u.shape[2], shape.channels, *shape.tiles)
     launch(
-        _turn, (shape.programs,), x, gate_in, u, None, None, None, *sizes, *x.stride(), *_strides(gate_in, 3),
+        _turn, (shape.programs,), x, gate_in, u, None, None, None, *sizes, *x.stride(), *strides(gate_in, 3),
         *(0,) * 6, **shape.tiling,
     )  # fmt: skip
     conv, _ = _launch_convolutions(shape, filter, cu_seqlens, u, None, True)
     launch(
-        _finish, (shape.programs,), conv, u, gate_out, skip, y, *sizes, *_strides(gate_out, 3), *_strides(skip, 1),
+        _finish, (shape.programs,), conv, u, gate_out, skip, y, *sizes, *strides(gate_out, 3), *strides(skip, 1),
         **shape.tiling,
     )  # fmt: skip
     return y
@@ -344,13 +337,13 @@ def _long_conv_gradients(
     shape, u, dv = _Shape(x, filter, cu_seqlens), _turned(x, gate_in), _turned(dy, gate_out)
     sizes = (shape.tokens, u.shape[2], shape.channels, *shape.tiles)
     launch(
-        _turn, (shape.programs,), x, gate_in, u, dy, gate_out, dv, *sizes, *x.stride(), *_strides(gate_in, 3),
-        *dy.stride(), *_strides(gate_out, 3), **shape.tiling,
+        _turn, (shape.programs,), x, gate_in, u, dy, gate_out, dv, *sizes, *x.stride(), *strides(gate_in, 3),
+        *dy.stride(), *strides(gate_out, 3), **shape.tiling,
     )  # fmt: skip
     conv, du = _launch_convolutions(shape, filter, cu_seqlens, u, dv, gate_out is not None)
     if shape.reach < filter.shape[1]:
         dfilter.zero_()
-    skip_sums = torch.empty(shape.channels, dtype=_wide(x), device=x.device)
+    skip_sums = torch.empty(shape.channels, dtype=wide(x), device=x.device)
     launch(
         _tap_gradients, (shape.channels * triton.cdiv(shape.reach, _BLOCK),), u, dv, skip_sums, dfilter, cu_seqlens,
         shape.tokens, u.shape[2], shape.channels, shape.batch, shape.columns, shape.reach, filter.shape[1],
@@ -359,14 +352,14 @@ def _long_conv_gradients(
     )  # fmt: skip
     launch(
         _finish_gradients, (shape.programs,), conv, u, dv, du, dy, x, gate_in, skip, dx, dgate_in,
-        None if gate_out is None else dgate_out, *sizes, *dy.stride(), *x.stride(), *_strides(gate_in, 3),
-        *_strides(skip, 1), **shape.tiling,
+        None if gate_out is None else dgate_out, *sizes, *dy.stride(), *x.stride(), *strides(gate_in, 3),
+        *strides(skip, 1), **shape.tiling,
     )  # fmt: skip
     return dx, dfilter, dgate_in, dgate_out, dskip if skip is None else skip_sums.to(skip.dtype, copy=True)
 
 
 def _fake_long_conv(x: Tensor, *rest: Any) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return like(x)
 
 
 def _fake_gradients(dy: Tensor, x: Tensor, *rest: Tensor | None) -> Any:
@@ -384,7 +377,7 @@ def _save(ctx: Any, inputs: tuple[Tensor | None, ...], output: Any) -> None:
 def _long_conv_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors
     found = _backward_operator(dy, *inputs)
-    return *(None if one is None else each for one, each in zip(inputs[:-1], found, strict=True)), None
+    return *map(given, inputs[:-1], found), None
 
 
 # One token.
@@ -447,7 +440,7 @@ def _long_conv_step(
     )  # fmt: skip
     launch(
         _step, (batch * blocks,), sums, x, filter, gate_in, gate_out, skip, y, new_state, channels, kept, parts, blocks,
-        *x.stride(), filter.stride(0), *_strides(gate_in, 2), *_strides(gate_out, 2), *_strides(skip, 1),
+        *x.stride(), filter.stride(0), *strides(gate_in, 2), *strides(gate_out, 2), *strides(skip, 1),
         ACC=accumulator(x), CHANNELS=_STEP_CHANNELS, num_warps=1,
     )  # fmt: skip
     return y, new_state
@@ -455,13 +448,13 @@ def _long_conv_step(
 
 def _fake_step(state: Tensor, x: Tensor, filter: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     shape = (x.shape[0], min(state.shape[1] + 1, filter.shape[1] - 1), x.shape[1])
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty(shape, dtype=_wide(x), device=x.device)
+    return like(x), torch.empty(shape, dtype=wide(x), device=x.device)
 
 
 def _step_gradient(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
     """Differentiate one token in torch: nobody trains by single steps, and each product is one of vectors."""
     state, x, filter, gate_in, gate_out, skip = ctx.saved_tensors
-    acc, held = _wide(x), state.shape[1]
+    acc, held = wide(x), state.shape[1]
     one = torch.ones((), dtype=acc, device=x.device)
     inward, outward, through = (one if each is None else each.to(acc) for each in (gate_in, gate_out, skip))
     u, dy = x.to(acc) * inward, dy.to(acc)

@@ -12,12 +12,9 @@ import torch
 from torch import Tensor
 
 from star_kernels._native import native_operator, serve
+from star_kernels._operands import wide
 
 _REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
-
-
-def _wide(hidden: Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
 
 
 def _fake_loss(
@@ -30,7 +27,7 @@ def _fake_loss(
     label_smoothing: float,
     softcap: float,
 ) -> Tensor:
-    return torch.empty(() if reduction else targets.shape, dtype=_wide(hidden), device=hidden.device)
+    return torch.empty(() if reduction else targets.shape, dtype=wide(hidden), device=hidden.device)
 
 
 def _fake_gradients(

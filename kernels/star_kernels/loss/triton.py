@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from star_kernels._operands import wide
 from star_kernels._triton import launch, triton_operator
 from star_kernels._triton_math import accumulator, next_power_of_2, tanh
 
@@ -107,7 +108,7 @@ class _Problem:
 
     @property
     def acc(self) -> torch.dtype:
-        return _wide(self.hidden)
+        return wide(self.hidden)
 
     @property
     def narrow(self) -> torch.dtype:
@@ -145,10 +146,6 @@ class _Problem:
             LOSS=losses is not None, GRADIENT=gradient is not None, ACC=accumulator(logits), ROWS=tile, BLOCK=block,
             num_warps=max(1, min(16, tile * block // 512)),
         )  # fmt: skip
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _product(a: Tensor, b: Tensor, acc: torch.dtype, add_to: Tensor | None = None) -> Tensor:
@@ -302,7 +299,7 @@ def _separate_gradients(
 
 
 def _fake_loss(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-    return torch.empty(() if options[1] else targets.shape, dtype=_wide(hidden), device=hidden.device)
+    return torch.empty(() if options[1] else targets.shape, dtype=wide(hidden), device=hidden.device)
 
 
 def _fake_gradient(of: Tensor, wanted: bool, dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional
 
+from star_kernels._operands import like, wide
 from star_kernels._triton import launch, triton_operator
 from star_kernels._triton_math import accumulator, next_power_of_2, rows, silu, silu_slope
 
@@ -84,7 +85,7 @@ def _flat(*tensors: Tensor) -> list[Tensor]:
 
 
 def _gated_unit(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    y = like(gate)
     if gate.numel():
         g, u = _flat(gate, up)
         blocks = triton.cdiv(g.shape[1], _BLOCK)
@@ -96,7 +97,7 @@ def _gated_unit(gate: Tensor, up: Tensor, kind: str) -> Tensor:
 
 
 def _gated_unit_backward(dy: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in range(2))
+    dgate, dup = (like(gate) for _ in range(2))
     if gate.numel():
         d, g, u = _flat(dy, gate, up)
         blocks = triton.cdiv(g.shape[1], _BLOCK)
@@ -108,7 +109,7 @@ def _gated_unit_backward(dy: Tensor, gate: Tensor, up: Tensor, kind: str) -> tup
 
 
 def _fake_unit(gate: Tensor, up: Tensor, kind: str) -> Tensor:
-    return torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    return like(gate)
 
 
 def _fake_unit_backward(dy: Tensor, gate: Tensor, up: Tensor, kind: str) -> tuple[Tensor, Tensor]:
@@ -177,7 +178,7 @@ def _scale_backward(
 
 
 def _scale(x: Tensor, weight: Tensor) -> Tensor:
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = like(x)
     if x.numel():
         v = rows(x)
         block = min(_BLOCK, next_power_of_2(v.shape[1], 16))
@@ -190,15 +191,14 @@ def _scale(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _scale_gradients(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = like(x)
     if not x.numel():
         return dx, torch.zeros(weight.shape, dtype=weight.dtype, device=x.device)
     d, v = rows(dy), rows(x)
     count, width = v.shape
     block = min(_BLOCK, next_power_of_2(width, 16))
     chunks, blocks = triton.cdiv(count, _ROWS_OF_SUM), triton.cdiv(width, block)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    sums = torch.empty(chunks, width, dtype=wide, device=x.device)
+    sums = torch.empty(chunks, width, dtype=wide(x), device=x.device)
     launch(
         _scale_backward, (chunks * blocks,), d, v, weight, dx, sums, count, width, blocks,
         *d.stride(), *v.stride(), weight.stride(0), ACC=accumulator(x), ROWS=_ROWS_OF_SUM, BLOCK=block,
@@ -208,7 +208,7 @@ def _scale_gradients(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Ten
 
 
 def _fake_scale(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return like(x)
 
 
 def _fake_scale_gradients(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -236,8 +236,8 @@ def channel_mix(x: Tensor, weight: Tensor) -> Tensor:
         scaled: Tensor = _scale_operator(x, weight)
         return scaled
     with torch.autocast(x.device.type, enabled=False):
-        wide = torch.promote_types(x.dtype, weight.dtype)
-        x_wide, weight = x.to(wide), weight.to(wide)
+        common = torch.promote_types(x.dtype, weight.dtype)
+        x_wide, weight = x.to(common), weight.to(common)
         if weight.ndim == 2:
             return functional.linear(x_wide, weight).to(x.dtype)
         groups, width = weight.shape[:2]

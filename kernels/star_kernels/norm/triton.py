@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from star_kernels._operands import like, wide
 from star_kernels._triton import launch, triton_operator
 from star_kernels._triton_math import accumulator, next_power_of_2, rows
 
@@ -115,16 +116,12 @@ def _warps(tile: int) -> int:
     return max(1, min(16, tile // 512))
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return y, the sum (no elements without a residual) and one factor a row."""
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = like(x)
     kept = x if residual is None else residual
     total = torch.empty((0,) if residual is None else x.shape, dtype=kept.dtype, device=x.device)
-    scale = torch.empty(x.shape[:-1], dtype=_wide(x.dtype), device=x.device)
+    scale = torch.empty(x.shape[:-1], dtype=wide(x), device=x.device)
     if x.numel():
         v, other = rows(x), rows(kept)
         count, width = v.shape
@@ -141,7 +138,7 @@ def _norm_gradients(
     dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients at the normalised tensor and at the weight."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = like(x)
     if not x.numel():
         return dx, torch.zeros(weight.shape, dtype=weight.dtype, device=x.device)
     d, v = rows(dy), rows(x)
@@ -170,14 +167,14 @@ def _norm_gradients(
 
 def _fake_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     kept = x.new_empty(0) if residual is None else torch.empty(x.shape, dtype=residual.dtype, device=x.device)
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return y, kept, torch.empty(x.shape[:-1], dtype=_wide(x.dtype), device=x.device)
+    y = like(x)
+    return y, kept, torch.empty(x.shape[:-1], dtype=wide(x), device=x.device)
 
 
 def _fake_gradients(
     dy: Tensor, dtotal: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dx = like(x)
     return dx, torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
 
 
@@ -252,13 +249,13 @@ def _frequencies(half: int, base: float, dtype: torch.dtype, device: torch.devic
 
 def _rotated(x: Tensor, positions: Tensor, base: float, interleaved: bool, sign: float) -> Tensor:
     batch, tokens, heads, width = x.shape
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    y = like(x)
     half = width // 2
     block = next_power_of_2(half, 16)
     group = max(1, min(16, _TILE // block))
     at = (0, positions.stride(0)) if positions.ndim == 1 else positions.stride()
     if x.numel():
-        frequencies = _frequencies(half, base, _wide(x.dtype), x.device)
+        frequencies = _frequencies(half, base, wide(x), x.device)
         launch(
             _rotate, (batch * tokens,), x, positions, frequencies, y, tokens, heads, half, *x.stride(), *at,
             SIGN=sign, INTERLEAVED=interleaved, ACC=accumulator(x), HEADS=group, HALF=block,
@@ -268,7 +265,7 @@ def _rotated(x: Tensor, positions: Tensor, base: float, interleaved: bool, sign:
 
 
 def _fake_rotated(x: Tensor, positions: Tensor, base: float, interleaved: bool, sign: float) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return like(x)
 
 
 def _save_rotated(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

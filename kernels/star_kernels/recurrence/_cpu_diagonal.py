@@ -13,15 +13,12 @@ from torch import Tensor
 
 from star_kernels._native import native_operator, serve
 from star_kernels._numerics import accumulator
+from star_kernels._operands import one_token, sequences_of, will_differentiate
 
 BLOCK = 64
 """Tokens between kept states: kScanBlock of scan.h."""
 
 Tensors = tuple[Tensor, ...]
-
-
-def _will_differentiate(*arguments: Any) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in arguments)
 
 
 def _like(one: Tensor | None) -> Tensor:
@@ -34,7 +31,7 @@ def _states(x: Tensor, cu_seqlens: Tensor | None, keep: bool, *rest: int) -> tup
 
     With an axis of slots, torch.compile would guard on there being more than one, and compile again.
     """
-    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = sequences_of(x, cu_seqlens)
     slots = (x.shape[1] + BLOCK - 1) // BLOCK if keep else 0
     wide = accumulator(x.dtype)
     size = (x.shape[2], *rest)
@@ -44,7 +41,7 @@ def _states(x: Tensor, cu_seqlens: Tensor | None, keep: bool, *rest: int) -> tup
 
 def _one_token(*tensors: Tensor | None) -> list[Tensor | None]:
     """Give tensors (B, ...) a time axis of one token."""
-    return [None if one is None else one.unsqueeze(1) for one in tensors]
+    return [one_token(one) for one in tensors]
 
 
 def _squeezed(*tensors: Tensor) -> list[Tensor]:
@@ -93,7 +90,7 @@ def diagonal_scan(
     decay: Tensor, x: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Serve `star_kernels.diagonal_scan`."""
-    keep = _will_differentiate(decay, x, initial_state)
+    keep = will_differentiate(decay, x, initial_state)
     h, final_state, _ = _diagonal_scan(decay, x, initial_state, cu_seqlens, keep)
     return h, final_state
 
@@ -183,7 +180,7 @@ def rg_lru(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Serve `star_kernels.rg_lru`."""
-    keep = _will_differentiate(x, recurrence_gate, input_gate, log_lambda, initial_state)
+    keep = will_differentiate(x, recurrence_gate, input_gate, log_lambda, initial_state)
     h, final_state, _ = _rg_lru(x, recurrence_gate, input_gate, log_lambda, c, initial_state, cu_seqlens, keep)
     return h, final_state
 
@@ -294,7 +291,7 @@ def selective_scan(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Serve `star_kernels.selective_scan`."""
-    keep = _will_differentiate(x, dt, A, B, C, D, z, dt_bias, initial_state)
+    keep = will_differentiate(x, dt, A, B, C, D, z, dt_bias, initial_state)
     y, final_state, _ = _selective_scan(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, keep)
     return y, final_state
 

@@ -13,6 +13,16 @@ import torch
 from torch import Tensor
 
 from star_kernels._native import native_operator, serve
+from star_kernels._operands import (
+    given,
+    like,
+    like_or_none,
+    one_token,
+    score_factor,
+    sequences_of,
+    wide,
+    will_differentiate,
+)
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -20,21 +30,8 @@ CHUNK, BLOCK = 64, 16
 """Tokens of a chunk and what the axes of a kept state are padded to: kChunk and kBlock of chunked.h."""
 
 
-def _like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _state(x: Tensor, cu_seqlens: Tensor | None, *shape: int) -> Tensor:
-    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    return torch.empty((sequences, *shape), dtype=_wide(x), device=x.device)
-
-
-def _will_differentiate(*arguments: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in arguments)
+    return torch.empty((sequences_of(x, cu_seqlens), *shape), dtype=wide(x), device=x.device)
 
 
 def _kept(x: Tensor, keep: bool, rows: int, columns: int) -> Tensor:
@@ -45,28 +42,17 @@ def _kept(x: Tensor, keep: bool, rows: int, columns: int) -> Tensor:
     slots = batch * ((length + CHUNK - 1) // CHUNK)
     padded = [(size + BLOCK - 1) // BLOCK * BLOCK for size in (rows, columns)]
     elements = slots * heads * padded[0] * padded[1] if keep else 0
-    return torch.empty((elements,), dtype=_wide(x), device=x.device)
+    return torch.empty((elements,), dtype=wide(x), device=x.device)
 
 
 def _nothing_kept(x: Tensor) -> Tensor:
     """Return what a forward of one token keeps."""
-    return torch.empty((0,), dtype=_wide(x), device=x.device)
+    return torch.empty((0,), dtype=wide(x), device=x.device)
 
 
-def _given(gradients: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...]) -> Gradients:
-    """Return None in place of the gradients of what was not given."""
-    return tuple(None if one is None else gradient for gradient, one in zip(gradients, inputs, strict=True))
-
-
-def _fake_gradients(like: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+def _fake_gradients(first: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
     """Build a gradient for each input, an empty tensor for one that was not given."""
-    absent = torch.empty((0,), dtype=_wide(like), device=like.device)
-    return tuple(absent.clone() if one is None else _like(one) for one in inputs)
-
-
-def _token(x: Tensor | None) -> Tensor | None:
-    """Give one token (B, ...) its time axis."""
-    return None if x is None else x.unsqueeze(1)
+    return tuple(like_or_none(one, first) for one in inputs)
 
 
 # ssd
@@ -75,7 +61,7 @@ def _token(x: Tensor | None) -> Tensor | None:
 def _fake_ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, cu_seqlens, keep = rest
     final_state = _state(x, cu_seqlens, *x.shape[2:], B.shape[3])
-    return _like(x), final_state, _kept(x, keep, B.shape[3], x.shape[3])
+    return like(x), final_state, _kept(x, keep, B.shape[3], x.shape[3])
 
 
 def _fake_ssd_backward(
@@ -107,12 +93,12 @@ def _save_ssd(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _ssd_gradient(ctx: Any, dy: Tensor | None, dfinal: Tensor | None, _: None) -> Gradients:
     *tensors, initial_state, cu_seqlens, kept = ctx.saved_tensors
     found = _ssd_backward(dy, dfinal, *tensors, ctx.dt_softplus, initial_state, cu_seqlens, kept)
-    *gradients, dinitial = _given(found, (*tensors, initial_state))
+    *gradients, dinitial = map(given, (*tensors, initial_state), found)
     return (*gradients, None, dinitial, None, None)
 
 
 def _fake_ssd_step(state: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _like(x), torch.empty(state.shape, dtype=_wide(x), device=x.device)
+    return like(x), torch.empty(state.shape, dtype=wide(x), device=x.device)
 
 
 def _save_ssd_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -123,9 +109,9 @@ def _save_ssd_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _ssd_step_gradient(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> Gradients:
     state, x, dt, A, B, C, D, z, dt_bias = ctx.saved_tensors
-    timed = (_token(x), _token(dt), A, _token(B), _token(C), D, _token(z), dt_bias)
-    found = _ssd_backward(_token(dy), dstate, *timed, ctx.dt_softplus, state, None, _nothing_kept(x))
-    dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial = _given(found, (*timed, state))
+    timed = (one_token(x), one_token(dt), A, one_token(B), one_token(C), D, one_token(z), dt_bias)
+    found = _ssd_backward(one_token(dy), dstate, *timed, ctx.dt_softplus, state, None, _nothing_kept(x))
+    dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial = map(given, (*timed, state), found)
     one = (dx, ddt, dB, dC, dz)
     dx, ddt, dB, dC, dz = (None if each is None else each.squeeze(1) for each in one)
     return (dinitial, dx, ddt, dA, dB, dC, dD, dz, dbias, None)
@@ -150,7 +136,7 @@ def ssd(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Serve `star_kernels.ssd`."""
-    keep = _will_differentiate(x, dt, A, B, C, D, z, dt_bias, initial_state)
+    keep = will_differentiate(x, dt, A, B, C, D, z, dt_bias, initial_state)
     y, final_state, _ = _ssd(x, dt, A, B, C, D, z, dt_bias, dt_softplus, initial_state, cu_seqlens, keep)
     return y, final_state
 
@@ -161,11 +147,11 @@ def ssd(
 def _fake_memory(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, cu_seqlens, keep = rest
     final_state = _state(q, cu_seqlens, *q.shape[2:], v.shape[3])
-    return _like(v), final_state, _kept(q, keep, q.shape[3], v.shape[3])
+    return like(v), final_state, _kept(q, keep, q.shape[3], v.shape[3])
 
 
 def _fake_memory_step(state: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _like(v), torch.empty(state.shape, dtype=_wide(q), device=q.device)
+    return like(v), torch.empty(state.shape, dtype=wide(q), device=q.device)
 
 
 def _fake_memory_backward(dout: Tensor | None, dfinal: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
@@ -193,13 +179,13 @@ def _memory_operators(name: str) -> tuple[Any, Any]:
     def backward(ctx: Any, dout: Tensor | None, dfinal: Tensor | None, _: None) -> Gradients:
         *tensors, initial_state, cu_seqlens, kept = ctx.saved_tensors
         found = gradient(dout, dfinal, *tensors, ctx.scale, initial_state, cu_seqlens, kept)
-        *gradients, dinitial = _given(found, (*tensors, initial_state))
+        *gradients, dinitial = map(given, (*tensors, initial_state), found)
         return (*gradients, None, dinitial, None, None)
 
     def step_backward(ctx: Any, dout: Tensor | None, dstate: Tensor | None) -> Gradients:
         state, *tensors = ctx.saved_tensors
-        token = [_token(one) for one in tensors]
-        found = gradient(_token(dout), dstate, *token, ctx.scale, state, None, _nothing_kept(tensors[0]))
+        token = [one_token(one) for one in tensors]
+        found = gradient(one_token(dout), dstate, *token, ctx.scale, state, None, _nothing_kept(tensors[0]))
         *gradients, dinitial = found
         return (dinitial, *(one.squeeze(1) for one in gradients), None)
 
@@ -214,11 +200,6 @@ _gla, _gla_step = _memory_operators("gated_linear_attention")
 _delta, _delta_step = _memory_operators("gated_delta_rule")
 
 
-def _factor(q: Tensor, scale: float | None) -> float:
-    # No key channels: the outputs are zero whatever the factor.
-    return float(max(q.shape[-1], 1) ** -0.5) if scale is None else float(scale)
-
-
 def gated_linear_attention(
     q: Tensor,
     k: Tensor,
@@ -229,8 +210,8 @@ def gated_linear_attention(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Serve `star_kernels.gated_linear_attention`."""
-    keep = _will_differentiate(q, k, v, log_decay, initial_state)
-    o, final_state, _ = _gla(q, k, v, log_decay, _factor(q, scale), initial_state, cu_seqlens, keep)
+    keep = will_differentiate(q, k, v, log_decay, initial_state)
+    o, final_state, _ = _gla(q, k, v, log_decay, score_factor(scale, q.shape[-1]), initial_state, cu_seqlens, keep)
     return o, final_state
 
 
@@ -238,7 +219,7 @@ def gated_linear_attention_step(
     state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float | None
 ) -> Any:
     """Serve `star_kernels.gated_linear_attention_step`."""
-    return _gla_step(state, q, k, v, log_decay, _factor(q, scale))
+    return _gla_step(state, q, k, v, log_decay, score_factor(scale, q.shape[-1]))
 
 
 def gated_delta_rule(
@@ -252,8 +233,10 @@ def gated_delta_rule(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Serve `star_kernels.gated_delta_rule`."""
-    keep = _will_differentiate(q, k, v, log_decay, beta, initial_state)
-    o, final_state, _ = _delta(q, k, v, log_decay, beta, _factor(q, scale), initial_state, cu_seqlens, keep)
+    keep = will_differentiate(q, k, v, log_decay, beta, initial_state)
+    o, final_state, _ = _delta(
+        q, k, v, log_decay, beta, score_factor(scale, q.shape[-1]), initial_state, cu_seqlens, keep
+    )
     return o, final_state
 
 
@@ -261,7 +244,7 @@ def gated_delta_rule_step(
     state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, scale: float | None
 ) -> Any:
     """Serve `star_kernels.gated_delta_rule_step`."""
-    return _delta_step(state, q, k, v, log_decay, beta, _factor(q, scale))
+    return _delta_step(state, q, k, v, log_decay, beta, score_factor(scale, q.shape[-1]))
 
 
 serve("ssd", ssd)

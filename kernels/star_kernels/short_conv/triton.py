@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from star_kernels._numerics import accumulator as wide
+from star_kernels._operands import either, given, one_token, sequences_of, strides, wide
 from star_kernels._triton import interpreting, launch, triton_operator
 from star_kernels._triton_math import accumulator, next_power_of_2
 from star_kernels.short_conv.triton_kernels import conv_backward, conv_forward, conv_step
@@ -21,10 +21,6 @@ from star_kernels.short_conv.triton_kernels import conv_backward, conv_forward, 
 # Segments of a chunk, and tokens of a segment. At 8 tokens and W = 4, 11 rows are read for 8.
 _SEGMENTS, _TOKENS = (4, 4) if interpreting() else (16, 8)
 _STEP_BLOCK = 256
-
-
-def _strides(x: Tensor | None, axes: int) -> tuple[int, ...]:
-    return (0,) * axes if x is None else x.stride()
 
 
 def _slots(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
@@ -59,17 +55,14 @@ def _conv(
     blocks = triton.cdiv(width, block)
     launch(
         conv_forward, (slots * blocks,),
-        x, _or(gate_in, x), _or(gate_out, x), weight, _or(bias, x), _or(state, x),
-        _or(cu_seqlens, x), y, final, x.shape[1], chunks, sequences, width, blocks, *x.stride(), *_strides(gate_in, 3),
-        *_strides(gate_out, 3), *weight.stride(), *_strides(bias, 1), *_strides(state, 3), *_strides(cu_seqlens, 1),
-        GATED=gate_in is not None, SILU=silu, BIAS=bias is not None, STATE=state is not None and taps > 1,
-        PACKED=cu_seqlens is not None, WIDTH=taps, ACC=accumulator(x), SEGMENTS=_SEGMENTS, TOKENS=_TOKENS, BLOCK=block,
+        x, either(gate_in, x), either(gate_out, x), weight, either(bias, x), either(state, x),
+        either(cu_seqlens, x), y, final, x.shape[1], chunks, sequences, width, blocks, *x.stride(),
+        *strides(gate_in, 3), *strides(gate_out, 3), *weight.stride(), *strides(bias, 1), *strides(state, 3),
+        *strides(cu_seqlens, 1), GATED=gate_in is not None, SILU=silu, BIAS=bias is not None,
+        STATE=state is not None and taps > 1, PACKED=cu_seqlens is not None, WIDTH=taps, ACC=accumulator(x),
+        SEGMENTS=_SEGMENTS, TOKENS=_TOKENS, BLOCK=block,
     )  # fmt: skip
     return y, final
-
-
-def _or(one: Tensor | None, other: Tensor) -> Tensor:
-    return other if one is None else one
 
 
 def _conv_gradients(
@@ -92,13 +85,13 @@ def _conv_gradients(
     chunks, sequences, slots = _slots(x, cu_seqlens)
     block = _block(x, 8)
     blocks = triton.cdiv(width, block)
-    sums = torch.empty(slots, taps + 1, width, dtype=wide(x.dtype), device=x.device)
+    sums = torch.empty(slots, taps + 1, width, dtype=wide(x), device=x.device)
     launch(
         conv_backward, (slots * blocks,),
-        dy, _or(dfinal, x), x, _or(gate_in, x), _or(gate_out, x), weight, _or(bias, x),
-        _or(state, x), _or(cu_seqlens, x), dx, dgate_in, dgate_out, dstate, sums, x.shape[1], chunks, sequences, width,
-        blocks, *dy.stride(), *_strides(dfinal, 3), *x.stride(), *_strides(gate_in, 3), *_strides(gate_out, 3),
-        *weight.stride(), *_strides(bias, 1), *_strides(state, 3), *_strides(cu_seqlens, 1),
+        dy, either(dfinal, x), x, either(gate_in, x), either(gate_out, x), weight, either(bias, x),
+        either(state, x), either(cu_seqlens, x), dx, dgate_in, dgate_out, dstate, sums, x.shape[1], chunks, sequences,
+        width, blocks, *dy.stride(), *strides(dfinal, 3), *x.stride(), *strides(gate_in, 3), *strides(gate_out, 3),
+        *weight.stride(), *strides(bias, 1), *strides(state, 3), *strides(cu_seqlens, 1),
         GATED=gate_in is not None, SILU=silu, BIAS=bias is not None, STATE=state is not None and taps > 1,
         FINAL=dfinal is not None and taps > 1, PACKED=cu_seqlens is not None, WIDTH=taps, ACC=accumulator(x),
         SEGMENTS=_SEGMENTS, TOKENS=_TOKENS, BLOCK=block,
@@ -125,9 +118,9 @@ def _conv_step(
     blocks = triton.cdiv(width, block)
     launch(
         conv_step, (x.shape[0] * blocks,),
-        state, x, _or(gate_in, x), _or(gate_out, x), weight, _or(bias, x), y, new, width,
-        blocks, *state.stride(), *x.stride(), *_strides(gate_in, 2), *_strides(gate_out, 2), *weight.stride(),
-        *_strides(bias, 1), GATED=gate_in is not None, SILU=silu, BIAS=bias is not None, WIDTH=taps,
+        state, x, either(gate_in, x), either(gate_out, x), weight, either(bias, x), y, new, width,
+        blocks, *state.stride(), *x.stride(), *strides(gate_in, 2), *strides(gate_out, 2), *weight.stride(),
+        *strides(bias, 1), GATED=gate_in is not None, SILU=silu, BIAS=bias is not None, WIDTH=taps,
         ACC=accumulator(x), BLOCK=block, num_warps=2,
     )  # fmt: skip
     return y, new
@@ -148,9 +141,9 @@ def _fake_conv(
     state: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = sequences_of(x, cu_seqlens)
     shape = (sequences, x.shape[-1], weight.shape[1] - 1)
-    return _like(x, x), torch.empty(shape, dtype=wide(x.dtype), device=x.device)
+    return _like(x, x), torch.empty(shape, dtype=wide(x), device=x.device)
 
 
 def _fake_gradients(
@@ -181,12 +174,7 @@ def _fake_step(
     silu: bool,
 ) -> tuple[Tensor, Tensor]:
     shape = (*x.shape, weight.shape[1] - 1)
-    return _like(x, x), torch.empty(shape, dtype=wide(x.dtype), device=x.device)
-
-
-def _given(arguments: tuple[Tensor | None, ...], gradients: tuple[Tensor, ...]) -> list[Tensor | None]:
-    """Return None as the gradient of what was not given."""
-    return [None if one is None else gradient for one, gradient in zip(arguments, gradients, strict=True)]
+    return _like(x, x), torch.empty(shape, dtype=wide(x), device=x.device)
 
 
 def _save_conv(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -199,7 +187,7 @@ def _conv_gradient(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[
     *tensors, state, cu_seqlens = ctx.saved_tensors
     dy = torch.zeros_like(tensors[0]) if dy is None else dy
     gradients = _backward_operator(dy, dfinal, *tensors, ctx.silu, state, cu_seqlens)
-    *own, dstate = _given((*tensors, state), gradients)
+    *own, dstate = map(given, (*tensors, state), gradients)
     return *own, None, dstate, None
 
 
@@ -213,9 +201,9 @@ def _step_gradient(ctx: Any, dy: Tensor | None, dnew: Tensor | None) -> tuple[Te
     """Differentiate a step as a sequence of one token."""
     state, *timed, weight, bias = ctx.saved_tensors
     dy = torch.zeros_like(timed[0]) if dy is None else dy
-    tokens = [None if one is None else one.unsqueeze(1) for one in timed]
+    tokens = [one_token(one) for one in timed]
     gradients = _backward_operator(dy.unsqueeze(1), dnew, *tokens, weight, bias, ctx.silu, state, None)
-    dx, din, dout, dweight, dbias, dstate = _given((*timed, weight, bias, state), gradients)
+    dx, din, dout, dweight, dbias, dstate = map(given, (*timed, weight, bias, state), gradients)
     dx, din, dout = (None if one is None else one.squeeze(1) for one in (dx, din, dout))
     return dstate, dx, din, dout, dweight, dbias, None
 

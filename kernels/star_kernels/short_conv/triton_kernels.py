@@ -8,26 +8,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from star_kernels._triton_math import silu, silu_slope
+from star_kernels._triton_math import sequence_of, silu, silu_slope
 
 
 @triton.jit
 def _place(ends, ends_step, length, chunks, sequences, blocks, PACKED: tl.constexpr, CHUNK: tl.constexpr):
-    """Return this program's slot, sequence, batch row, the sequence's bounds, its first token and block of channels.
-
-    Packed sequences take slots from begin // CHUNK + sequence on: there is room for every chunk, and one for an empty
-    sequence.
-    """
+    """Return this program's slot, sequence, batch row, the sequence's bounds, its first token and block of channels."""
     program = tl.program_id(0).to(tl.int64)
     slot = program // blocks
     if PACKED:
-        sequence = slot * 0
-        high = sequence + sequences
-        while high - sequence > 1:
-            middle = (sequence + high) // 2
-            reached = tl.load(ends + middle * ends_step).to(tl.int64) // CHUNK + middle <= slot
-            sequence = tl.where(reached, middle, sequence)
-            high = tl.where(reached, high, middle)
+        sequence = sequence_of(slot, ends, ends_step, sequences, CHUNK)
         batch = slot * 0
         begin = tl.load(ends + sequence * ends_step).to(tl.int64)
         stop = tl.load(ends + (sequence + 1) * ends_step).to(tl.int64)

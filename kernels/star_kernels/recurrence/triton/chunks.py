@@ -1,19 +1,16 @@
 """What the chunked recurrences share: decays between tokens, and where chunks lie.
 
-A chunk's states lie at its slot. Sequences that are packed take slot `begin // CHUNK + index` and on, which leaves room
-for every chunk and needs no sum over the sequences before.
+A chunk's states lie at its slot; `sequence_of` says how the slots of packed sequences are laid out.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from star_kernels._triton_math import SPLIT
+from star_kernels._operands import sequences_of
+from star_kernels._triton_math import SPLIT, sequence_of
 
 CHUNK = 64
 
@@ -145,15 +142,8 @@ def sequence(index, ends, length, chunks, VARLEN: tl.constexpr, CHUNK: tl.conste
 def chunk(slot, ends, length, chunks, count, VARLEN: tl.constexpr, CHUNK: tl.constexpr):
     """Return a slot's batch row, its first token, and one past its sequence's last; no token if it is not used."""
     if VARLEN:
-        # The last sequence whose first slot is at most this one.
-        low = slot * 0
-        high = low + count
-        while high - low > 1:
-            middle = (low + high) // 2
-            reached = tl.load(ends + middle).to(tl.int64) // CHUNK + middle <= slot
-            low = tl.where(reached, middle, low)
-            high = tl.where(reached, high, middle)
-        batch, begin, stop, first = sequence(low, ends, length, chunks, VARLEN, CHUNK)
+        index = sequence_of(slot, ends, 1, count, CHUNK)
+        batch, begin, stop, first = sequence(index, ends, length, chunks, VARLEN, CHUNK)
         return batch, begin + (slot - first) * CHUNK, stop
     else:
         return slot // chunks, (slot % chunks) * CHUNK, slot * 0 + length
@@ -165,38 +155,5 @@ def layout(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
     chunks = triton.cdiv(length, CHUNK)
     if cu_seqlens is None:
         return batch, chunks, batch * chunks
-    sequences = cu_seqlens.shape[0] - 1
+    sequences = sequences_of(x, cu_seqlens)
     return sequences, chunks, chunks + sequences if sequences else 0
-
-
-def wide(x: Tensor) -> torch.dtype:
-    """Return the dtype of states."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def strides(x: Tensor | None, axes: int) -> tuple[int, ...]:
-    """Return the strides of an optional tensor."""
-    return (0,) * axes if x is None else x.stride()
-
-
-def like(x: Tensor) -> Tensor:
-    """Return an empty tensor of x's shape and dtype, without gaps."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def like_or_none(x: Tensor | None, first: Tensor) -> Tensor:
-    """Stand for the gradient of an optional argument: no elements where there is none."""
-    return torch.empty(0, dtype=wide(first), device=first.device) if x is None else like(x)
-
-
-def token(x: Tensor | None) -> Tensor | None:
-    """Give a step's tensor the time axis of one token."""
-    return None if x is None else x.unsqueeze(1)
-
-
-def given(argument: Tensor | None, gradient: Tensor) -> Tensor | None:
-    """Return None in place of the gradient of what was not given."""
-    return None if argument is None else gradient
-
-
-Gradients = tuple[Any, ...]

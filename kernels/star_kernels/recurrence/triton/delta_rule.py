@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from star_kernels._triton import launch, triton_operator
+from star_kernels._operands import like, like_or_none, score_factor, strides, wide
+from star_kernels._triton import launch
 from star_kernels._triton_math import accumulator, clean, next_power_of_2, product
 from star_kernels.recurrence.triton import chunks as chunked
 from star_kernels.recurrence.triton.chunks import (
@@ -36,6 +37,7 @@ from star_kernels.recurrence.triton.chunks import (
     since_start,
     until_end,
 )
+from star_kernels.recurrence.triton.memory import memory_operators
 
 _STATE = 2048  # elements of a state that one program of a walk holds
 _STEP_TILE = 2048
@@ -380,10 +382,6 @@ def _options(q: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, most
     }  # fmt: skip
 
 
-def _factor(q: Tensor, scale: float | None) -> float:
-    return float(max(q.shape[-1], 1) ** -0.5) if scale is None else float(scale)
-
-
 def _launch_states(
     q: Tensor, k: Tensor, v: Tensor, logs: Tensor, beta: Tensor, scale: float, first: Tensor | None,
     ends: Tensor | None, final: Tensor | None, do: Tensor | None = None, dlast: Tensor | None = None,
@@ -392,7 +390,7 @@ def _launch_states(
     """Return the states at the chunks' starts and what each token writes; given do, the gradients at ends and of w."""
     (length, heads, keys), values = q.shape[1:], v.shape[3]
     count, chunks, slots = chunked.layout(q, ends)
-    kind: dict[str, Any] = {"dtype": chunked.wide(q), "device": q.device}
+    kind: dict[str, Any] = {"dtype": wide(q), "device": q.device}
     inverses = torch.empty(slots, heads, CHUNK, CHUNK, **kind)
     options = _options(q, v, scale, ends)
     launch(
@@ -409,8 +407,8 @@ def _launch_states(
     launch(
         _states, (count * heads * blocks_v, 1 if do is None else 2), q, k, v, logs, beta, do, ends, inverses, first,
         dlast, starts, dends, written, dwanted, dv, final, dfirst, length, chunks, heads, keys, values, blocks_v,
-        *q.stride(), *k.stride(), *v.stride(), *logs.stride(), *beta.stride(), *chunked.strides(do, 4),
-        *chunked.strides(first, 4), *chunked.strides(dlast, 4), num_warps=8, **options,
+        *q.stride(), *k.stride(), *v.stride(), *logs.stride(), *beta.stride(), *strides(do, 4),
+        *strides(first, 4), *strides(dlast, 4), num_warps=8, **options,
     )  # fmt: skip
     return starts, written, dends, dwanted
 
@@ -421,8 +419,8 @@ def _delta(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (length, heads, keys), values = q.shape[1:], v.shape[3]
     count, chunks, slots = chunked.layout(q, cu_seqlens)
-    out = chunked.like(v)
-    final = torch.empty(count, heads, keys, values, dtype=chunked.wide(q), device=q.device)
+    out = like(v)
+    final = torch.empty(count, heads, keys, values, dtype=wide(q), device=q.device)
     starts, written, _, _ = _launch_states(q, k, v, log_decay, beta, scale, initial_state, cu_seqlens, final)
     options = _options(q, v, scale, cu_seqlens)
     blocks_v = triton.cdiv(values, options["BLOCK_V"])
@@ -442,12 +440,12 @@ def _delta_gradients(
         do = torch.zeros(1, dtype=v.dtype, device=v.device).expand(v.shape)
     (length, heads, keys), values = q.shape[1:], v.shape[3]
     count, chunks, slots = chunked.layout(q, cu_seqlens)
-    dinitial, dv = chunked.like_or_none(initial_state, q), chunked.like(v)
+    dinitial, dv = like_or_none(initial_state, q), like(v)
     starts, written, dends, dwanted = _launch_states(
         q, k, v, log_decay, beta, scale, initial_state, cu_seqlens, None, do, dfinal,
         None if initial_state is None else dinitial, dv,
     )  # fmt: skip
-    dq, dk, dlogs, dbeta = (chunked.like(one) for one in (q, k, log_decay, beta))
+    dq, dk, dlogs, dbeta = (like(one) for one in (q, k, log_decay, beta))
     launch(
         _gradients, (slots * heads,), do, q, k, v, log_decay, beta, cu_seqlens, starts, dends, written, dwanted, dq, dk,
         dlogs, dbeta, length, chunks, count, heads, keys, values, *do.stride(), *q.stride(), *k.stride(), *v.stride(),
@@ -456,34 +454,11 @@ def _delta_gradients(
     return dq, dk, dv, dlogs, dbeta, dinitial
 
 
-def _fake_delta(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    count = q.shape[0] if rest[-1] is None else rest[-1].shape[0] - 1
-    state = torch.empty((count, *q.shape[2:], v.shape[3]), dtype=chunked.wide(q), device=q.device)
-    return chunked.like(v), state
-
-
-def _fake_gradients(do: Tensor | None, dfinal: Tensor | None, q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(chunked.like_or_none(one, q) for one in (q, *rest[:-2]))
-
-
-def _save_delta(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.scale, initial_state, cu_seqlens = inputs
-    ctx.save_for_backward(*tensors, initial_state, cu_seqlens)
-    ctx.set_materialize_grads(False)
-
-
-def _delta_gradient(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, cu_seqlens = ctx.saved_tensors
-    found = _backward_operator(do, dfinal, *tensors, ctx.scale, cu_seqlens)
-    *gradients, dinitial = map(chunked.given, tensors, found)
-    return *gradients, None, dinitial, None
-
-
 def _delta_step(
     state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     (batch, heads, keys), values = q.shape, v.shape[2]
-    out, new_state = chunked.like(v), torch.empty(state.shape, dtype=chunked.wide(q), device=q.device)
+    out, new_state = like(v), torch.empty(state.shape, dtype=wide(q), device=q.device)
     block_k = next_power_of_2(keys, 16)
     block_v = min(64, next_power_of_2(values, 16), max(16, _STEP_TILE // block_k))
     blocks_v = triton.cdiv(values, block_v)
@@ -495,31 +470,7 @@ def _delta_step(
     return out, new_state
 
 
-def _fake_step(state: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return chunked.like(v), torch.empty(state.shape, dtype=chunked.wide(q), device=q.device)
-
-
-def _save_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _step_gradient(ctx: Any, do: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Take the gradient of a sequence of one token."""
-    state, *tensors = ctx.saved_tensors
-    timed = [chunked.token(one) for one in tensors]
-    *gradients, dinitial = _backward_operator(chunked.token(do), dstate, *timed, state, ctx.scale, None)
-    return dinitial, *(one.squeeze(1) for one in gradients), None
-
-
-_backward_operator = triton_operator("gated_delta_rule_backward", _delta_gradients, fake=_fake_gradients)
-_operator = triton_operator(
-    "gated_delta_rule", _delta, fake=_fake_delta, setup_context=_save_delta, backward=_delta_gradient
-)
-_step_operator = triton_operator(
-    "gated_delta_rule_step", _delta_step, fake=_fake_step, setup_context=_save_step, backward=_step_gradient
-)
+_operator, _step_operator = memory_operators("gated_delta_rule", _delta, _delta_gradients, _delta_step)
 
 
 def gated_delta_rule(
@@ -527,7 +478,7 @@ def gated_delta_rule(
     initial_state: Tensor | None, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Serve `star_kernels.gated_delta_rule`."""
-    o, final_state = _operator(q, k, v, log_decay, beta, _factor(q, scale), initial_state, cu_seqlens)
+    o, final_state = _operator(q, k, v, log_decay, beta, score_factor(scale, q.shape[-1]), initial_state, cu_seqlens)
     return o, final_state
 
 
@@ -535,5 +486,5 @@ def gated_delta_rule_step(
     state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """Serve `star_kernels.gated_delta_rule_step`."""
-    o, new_state = _step_operator(state, q, k, v, log_decay, beta, _factor(q, scale))
+    o, new_state = _step_operator(state, q, k, v, log_decay, beta, score_factor(scale, q.shape[-1]))
     return o, new_state

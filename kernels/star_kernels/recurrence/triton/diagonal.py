@@ -15,9 +15,19 @@ import torch
 import triton
 from torch import Tensor
 
+from star_kernels._operands import (
+    either,
+    given,
+    like,
+    like_or_none,
+    one_token,
+    sequences_of,
+    strides,
+    wide,
+    will_differentiate,
+)
 from star_kernels._triton import interpreting, launch, triton_operator
 from star_kernels._triton_math import accumulator, next_power_of_2
-from star_kernels.recurrence.triton.chunks import given, like, like_or_none, strides, token, wide
 from star_kernels.recurrence.triton.diagonal_kernels import diagonal_backward, diagonal_forward, diagonal_step
 
 _SEGMENTS, _TOKENS = (4, 4) if interpreting() else (32, 4)
@@ -25,14 +35,6 @@ _BLOCK = 32  # channels of a program: 64 bytes of bfloat16 from each token
 _STEP_BLOCK = 256
 
 Tensors = tuple[Tensor, ...]
-
-
-def _or(one: Tensor | None, other: Tensor) -> Tensor:
-    return other if one is None else one
-
-
-def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
-    return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
 def _tile(width: int, most: int = _BLOCK) -> tuple[int, int, int]:
@@ -56,13 +58,13 @@ def _scan(
     length, width = first.shape[1:]
     block, blocks, warps = _tile(width)
     launch(
-        diagonal_forward, (_sequences(first, cu_seqlens) * blocks,),
-        first, second, _or(third, first), _or(log_lambda, first),
-        _or(state, first), _or(cu_seqlens, first), h, final, kept, c, length, triton.cdiv(length, _SEGMENTS * _TOKENS),
-        width, blocks, *first.stride(), *second.stride(), *strides(third, 3), *strides(log_lambda, 1),
-        *strides(state, 2), *strides(cu_seqlens, 1), LRU=third is not None, STATE=state is not None, KEEP=keep,
-        PACKED=cu_seqlens is not None, ACC=accumulator(first), SEGMENTS=_SEGMENTS, TOKENS=_TOKENS, BLOCK=block,
-        num_warps=warps,
+        diagonal_forward, (sequences_of(first, cu_seqlens) * blocks,),
+        first, second, either(third, first), either(log_lambda, first),
+        either(state, first), either(cu_seqlens, first), h, final, kept, c, length,
+        triton.cdiv(length, _SEGMENTS * _TOKENS), width, blocks, *first.stride(), *second.stride(), *strides(third, 3),
+        *strides(log_lambda, 1), *strides(state, 2), *strides(cu_seqlens, 1), LRU=third is not None,
+        STATE=state is not None, KEEP=keep, PACKED=cu_seqlens is not None, ACC=accumulator(first), SEGMENTS=_SEGMENTS,
+        TOKENS=_TOKENS, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     return h, final, kept
 
@@ -85,12 +87,12 @@ def _scan_gradients(
     )
     length, width = first.shape[1:]
     block, blocks, warps = _tile(width, _BLOCK if third is None else _BLOCK // 2)
-    sequences = _sequences(first, cu_seqlens)
+    sequences = sequences_of(first, cu_seqlens)
     sums = torch.empty(0 if log_lambda is None else sequences, width, dtype=wide(first), device=first.device)
     launch(
         diagonal_backward, (sequences * blocks,),
-        _or(dh, first), _or(dfinal, first), first, second, _or(third, first),
-        _or(log_lambda, first), _or(cu_seqlens, first), kept, dfirst, dsecond, dthird, sums, dstate, c, length,
+        either(dh, first), either(dfinal, first), first, second, either(third, first),
+        either(log_lambda, first), either(cu_seqlens, first), kept, dfirst, dsecond, dthird, sums, dstate, c, length,
         triton.cdiv(length, _SEGMENTS * _TOKENS), width, blocks, *strides(dh, 3), *strides(dfinal, 2),
         *first.stride(), *second.stride(), *strides(third, 3), *strides(log_lambda, 1), *strides(cu_seqlens, 1),
         LRU=third is not None, HIDDEN=dh is not None, FINAL=dfinal is not None, PACKED=cu_seqlens is not None,
@@ -111,7 +113,7 @@ def _one_step(
     blocks = triton.cdiv(width, block)
     launch(
         diagonal_step, (first.shape[0] * blocks,),
-        state, first, second, _or(third, first), _or(log_lambda, first), h, new, c,
+        state, first, second, either(third, first), either(log_lambda, first), h, new, c,
         width, blocks, *state.stride(), *first.stride(), *second.stride(), *strides(third, 2),
         *strides(log_lambda, 1), LRU=third is not None, ACC=accumulator(first), BLOCK=block, num_warps=2,
     )  # fmt: skip
@@ -130,7 +132,7 @@ def _fake_scan(
 ) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, width = first.shape
     span = _SEGMENTS * _TOKENS
-    sequences = _sequences(first, cu_seqlens)
+    sequences = sequences_of(first, cu_seqlens)
     # One axis for slots and channels: with an axis of slots, torch.compile would guard on there being more than one.
     slots = batch * ((length + span - 1) // span) if cu_seqlens is None else length // span + sequences
     kept, final = (
@@ -154,7 +156,7 @@ def _fake_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dstate = like_or_none(state, first)
     if state is None:
-        dstate = torch.empty((_sequences(first, cu_seqlens), first.shape[2]), dtype=wide(first), device=first.device)
+        dstate = torch.empty((sequences_of(first, cu_seqlens), first.shape[2]), dtype=wide(first), device=first.device)
     return like(first), like(second), like_or_none(third, first), like_or_none(log_lambda, first), dstate
 
 
@@ -187,7 +189,7 @@ def _save_step(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
 def _step_gradient(ctx: Any, dh: Tensor | None, dnew: Tensor | None) -> tuple[Tensor | None, ...]:
     """Differentiate a step as a sequence of one token; the state is the one kept before it."""
     state, *timed, log_lambda = ctx.saved_tensors
-    tokens = [token(one) for one in (dh, *timed)]
+    tokens = [one_token(one) for one in (dh, *timed)]
     kept = state.to(wide(timed[0])).contiguous()
     gradients = _backward_operator(tokens[0], dnew, *tokens[1:], log_lambda, ctx.c, state, None, kept)
     *inputs, dlambda, dstate = map(given, (*timed, log_lambda, state), gradients)
@@ -203,15 +205,11 @@ _step_operator = triton_operator(
 )
 
 
-def _will_differentiate(*arguments: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in arguments)
-
-
 def diagonal_scan(
     decay: Tensor, x: Tensor, initial_state: Tensor | None, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Serve `star_kernels.diagonal_scan`."""
-    keep = _will_differentiate(decay, x, initial_state)
+    keep = will_differentiate(decay, x, initial_state)
     h, final, _ = _scan_operator(decay, x, None, None, 1.0, initial_state, cu_seqlens, keep)
     return h, final
 
@@ -232,7 +230,7 @@ def rg_lru(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Serve `star_kernels.rg_lru`."""
-    keep = _will_differentiate(x, recurrence_gate, input_gate, log_lambda, initial_state)
+    keep = will_differentiate(x, recurrence_gate, input_gate, log_lambda, initial_state)
     h, final, _ = _scan_operator(x, recurrence_gate, input_gate, log_lambda, float(c), initial_state, cu_seqlens, keep)
     return h, final
 

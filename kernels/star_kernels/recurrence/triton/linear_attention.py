@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from star_kernels._triton import launch, triton_operator
+from star_kernels._operands import like, like_or_none, score_factor, strides, wide
+from star_kernels._triton import launch
 from star_kernels._triton_math import accumulator, clean, next_power_of_2, product
 from star_kernels.recurrence.triton import chunks as chunked
 from star_kernels.recurrence.triton.chunks import (
@@ -32,6 +33,7 @@ from star_kernels.recurrence.triton.chunks import (
     poison_before,
     sequence,
 )
+from star_kernels.recurrence.triton.memory import memory_operators
 
 _LEAST = tl.constexpr(-1000.0)  # exp of it is 0, and no product of it is NaN
 _STEP_TILE = 2048  # elements of a state that one program of a step holds
@@ -328,10 +330,6 @@ def _options(
     }  # fmt: skip
 
 
-def _factor(q: Tensor, scale: float | None) -> float:
-    return float(max(q.shape[-1], 1) ** -0.5) if scale is None else float(scale)
-
-
 def _launch_states(
     q: Tensor, k: Tensor, v: Tensor, logs: Tensor, scale: float, first: Tensor | None, ends: Tensor | None,
     final: Tensor | None, do: Tensor | None = None, dlast: Tensor | None = None, dfirst: Tensor | None = None,
@@ -339,15 +337,15 @@ def _launch_states(
     """Return the states that chunks begin with and, given do, the gradients of those that they end with."""
     (length, heads, keys), values = q.shape[1:], v.shape[3]
     count, chunks, slots = chunked.layout(q, ends)
-    starts = torch.empty(slots, heads, keys, values, dtype=chunked.wide(q), device=q.device)
+    starts = torch.empty(slots, heads, keys, values, dtype=wide(q), device=q.device)
     dends = None if do is None else torch.empty_like(starts)
     options = _options(q, v, scale, ends)
     blocks_k, blocks_v = triton.cdiv(keys, options["BLOCK_K"]), triton.cdiv(values, options["BLOCK_V"])
     launch(
         _states, (count * heads * blocks_k * blocks_v, 1 if do is None else 2), q, k, v, logs, do, ends, first, dlast,
         starts, dends, final, dfirst, length, chunks, heads, keys, values, blocks_k, blocks_v, *q.stride(),
-        *k.stride(), *v.stride(), *logs.stride(), *chunked.strides(do, 4), *chunked.strides(first, 4),
-        *chunked.strides(dlast, 4), num_warps=8, **options,
+        *k.stride(), *v.stride(), *logs.stride(), *strides(do, 4), *strides(first, 4),
+        *strides(dlast, 4), num_warps=8, **options,
     )  # fmt: skip
     return starts, dends
 
@@ -357,7 +355,7 @@ def _launch_mix(
 ) -> Tensor:
     (length, heads, keys), values = q.shape[1:], v.shape[3]
     count, chunks, slots = chunked.layout(q, ends)
-    out = chunked.like(v)
+    out = like(v)
     options = _options(q, v, scale, ends, 16)
     blocks_v = triton.cdiv(values, options["BLOCK_V"])
     launch(
@@ -372,7 +370,7 @@ def _gla(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     count = chunked.layout(q, cu_seqlens)[0]
-    final = torch.empty(count, *q.shape[2:], v.shape[3], dtype=chunked.wide(q), device=q.device)
+    final = torch.empty(count, *q.shape[2:], v.shape[3], dtype=wide(q), device=q.device)
     starts, _ = _launch_states(q, k, v, log_decay, scale, initial_state, cu_seqlens, final)
     return _launch_mix(q, k, v, log_decay, scale, cu_seqlens, starts, False), final
 
@@ -386,13 +384,13 @@ def _gla_gradients(
         do = torch.zeros(1, dtype=v.dtype, device=v.device).expand(v.shape)
     (length, heads, keys), values = q.shape[1:], v.shape[3]
     count, chunks, slots = chunked.layout(q, cu_seqlens)
-    dinitial = chunked.like_or_none(initial_state, q)
+    dinitial = like_or_none(initial_state, q)
     starts, dends = _launch_states(
         q, k, v, log_decay, scale, initial_state, cu_seqlens, None, do, dfinal,
         None if initial_state is None else dinitial,
     )  # fmt: skip
     assert dends is not None
-    dq, dk, dlogs = chunked.like(q), chunked.like(k), chunked.like(log_decay)
+    dq, dk, dlogs = like(q), like(k), like(log_decay)
     options = _options(q, v, scale, cu_seqlens, 16, 32)
     blocks_k = triton.cdiv(keys, options["BLOCK_K"])
     launch(
@@ -403,32 +401,9 @@ def _gla_gradients(
     return dq, dk, _launch_mix(q, k, do, log_decay, scale, cu_seqlens, dends, True), dlogs, dinitial
 
 
-def _fake_gla(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    count = q.shape[0] if rest[-1] is None else rest[-1].shape[0] - 1
-    state = torch.empty((count, *q.shape[2:], v.shape[3]), dtype=chunked.wide(q), device=q.device)
-    return chunked.like(v), state
-
-
-def _fake_gradients(do: Tensor | None, dfinal: Tensor | None, q: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(chunked.like_or_none(one, q) for one in (q, *rest[:-2]))
-
-
-def _save_gla(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.scale, initial_state, cu_seqlens = inputs
-    ctx.save_for_backward(*tensors, initial_state, cu_seqlens)
-    ctx.set_materialize_grads(False)
-
-
-def _gla_gradient(ctx: Any, do: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-    *tensors, cu_seqlens = ctx.saved_tensors
-    found = _backward_operator(do, dfinal, *tensors, ctx.scale, cu_seqlens)
-    *gradients, dinitial = map(chunked.given, tensors, found)
-    return *gradients, None, dinitial, None
-
-
 def _gla_step(state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     (batch, heads, keys), values = q.shape, v.shape[2]
-    out, new_state = chunked.like(v), torch.empty(state.shape, dtype=chunked.wide(q), device=q.device)
+    out, new_state = like(v), torch.empty(state.shape, dtype=wide(q), device=q.device)
     block_v = min(64, next_power_of_2(values, 16))
     block_k = min(next_power_of_2(keys), _STEP_TILE // block_v)
     blocks_v = triton.cdiv(values, block_v)
@@ -440,31 +415,7 @@ def _gla_step(state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor,
     return out, new_state
 
 
-def _fake_step(state: Tensor, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return chunked.like(v), torch.empty(state.shape, dtype=chunked.wide(q), device=q.device)
-
-
-def _save_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _step_gradient(ctx: Any, do: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Take the gradient of a sequence of one token."""
-    state, *tensors = ctx.saved_tensors
-    timed = [chunked.token(one) for one in tensors]
-    *gradients, dinitial = _backward_operator(chunked.token(do), dstate, *timed, state, ctx.scale, None)
-    return dinitial, *(one.squeeze(1) for one in gradients), None
-
-
-_backward_operator = triton_operator("gated_linear_attention_backward", _gla_gradients, fake=_fake_gradients)
-_operator = triton_operator(
-    "gated_linear_attention", _gla, fake=_fake_gla, setup_context=_save_gla, backward=_gla_gradient
-)
-_step_operator = triton_operator(
-    "gated_linear_attention_step", _gla_step, fake=_fake_step, setup_context=_save_step, backward=_step_gradient
-)
+_operator, _step_operator = memory_operators("gated_linear_attention", _gla, _gla_gradients, _gla_step)
 
 
 def gated_linear_attention(
@@ -472,7 +423,7 @@ def gated_linear_attention(
     cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Serve `star_kernels.gated_linear_attention`."""
-    o, final_state = _operator(q, k, v, log_decay, _factor(q, scale), initial_state, cu_seqlens)
+    o, final_state = _operator(q, k, v, log_decay, score_factor(scale, q.shape[-1]), initial_state, cu_seqlens)
     return o, final_state
 
 
@@ -480,5 +431,5 @@ def gated_linear_attention_step(
     state: Tensor, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """Serve `star_kernels.gated_linear_attention_step`."""
-    o, new_state = _step_operator(state, q, k, v, log_decay, _factor(q, scale))
+    o, new_state = _step_operator(state, q, k, v, log_decay, score_factor(scale, q.shape[-1]))
     return o, new_state

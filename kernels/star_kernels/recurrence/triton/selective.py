@@ -14,18 +14,20 @@ import torch
 import triton
 from torch import Tensor
 
-from star_kernels._triton import interpreting, launch, triton_operator
-from star_kernels._triton_math import accumulator, next_power_of_2
-from star_kernels.recurrence.triton.chunks import (
-    CHUNK,
+from star_kernels._operands import (
+    either,
     given,
-    layout,
     like,
     like_or_none,
+    one_token,
+    sequences_of,
     strides,
-    token,
     wide,
+    will_differentiate,
 )
+from star_kernels._triton import interpreting, launch, triton_operator
+from star_kernels._triton_math import accumulator, next_power_of_2
+from star_kernels.recurrence.triton.chunks import CHUNK, layout
 from star_kernels.recurrence.triton.selective_kernels import selective_backward, selective_forward, selective_step
 
 _AHEAD = 4 if interpreting() else 8  # tokens that the forward loads at once
@@ -34,10 +36,6 @@ _STATES = 512  # states of a program forward: 16 for each thread
 _STATES_BACKWARD = 256  # twice as many spill
 
 Tensors = tuple[Tensor, ...]
-
-
-def _or(one: Tensor | None, other: Tensor) -> Tensor:
-    return other if one is None else one
 
 
 def _tile(A: Tensor, B: Tensor, states: int) -> tuple[int, int, int, int]:
@@ -71,8 +69,8 @@ def _scan(
     ends = None if cu_seqlens is None else cu_seqlens.contiguous()
     launch(
         selective_forward, (sequences * blocks,),
-        x, dt, A, B, C, _or(D, x), _or(z, x), _or(bias, x), _or(state, x),
-        _or(ends, x), y, final, kept, x.shape[1], chunks, width, size, per_group, parts, blocks, *x.stride(),
+        x, dt, A, B, C, either(D, x), either(z, x), either(bias, x), either(state, x),
+        either(ends, x), y, final, kept, x.shape[1], chunks, width, size, per_group, parts, blocks, *x.stride(),
         *dt.stride(), *A.stride(), *B.stride(), *C.stride(), *strides(D, 1), *strides(z, 3), *strides(bias, 1),
         *strides(state, 3), SOFTPLUS=dt_softplus, SKIP=D is not None, GATED=z is not None, BIAS=bias is not None,
         STATE=state is not None, KEEP=keep, VARLEN=ends is not None, ACC=accumulator(x), PADDED=block_n != size,
@@ -116,9 +114,9 @@ def _scan_gradients(
     into_state = empty(sequences, width, size) if state is None else dstate
     launch(
         selective_backward, (sequences * blocks,),
-        _or(dy, x), _or(dfinal, x), x, dt, A, B, C, _or(D, x), _or(z, x),
-        _or(bias, x), _or(ends, x), kept, buffer, dx, ddt, sums_A, sums_B, sums_C, sums_D, dz, sums_bias, into_state,
-        x.shape[1], chunks, width, size, per_group, parts, blocks, x.shape[0] * x.shape[1], *strides(dy, 3),
+        either(dy, x), either(dfinal, x), x, dt, A, B, C, either(D, x), either(z, x),
+        either(bias, x), either(ends, x), kept, buffer, dx, ddt, sums_A, sums_B, sums_C, sums_D, dz, sums_bias,
+        into_state, x.shape[1], chunks, width, size, per_group, parts, blocks, x.shape[0] * x.shape[1], *strides(dy, 3),
         *strides(dfinal, 3), *x.stride(), *dt.stride(), *A.stride(), *B.stride(), *C.stride(), *strides(D, 1),
         *strides(z, 3), *strides(bias, 1), SOFTPLUS=dt_softplus, SKIP=D is not None, GATED=z is not None,
         BIAS=bias is not None, OUTPUT=dy is not None, FINAL=dfinal is not None, VARLEN=ends is not None,
@@ -150,7 +148,7 @@ def _one_step(
     blocks = parts * B.shape[1]
     launch(
         selective_step, (x.shape[0] * blocks,),
-        state, x, dt, A, B, C, _or(D, x), _or(z, x), _or(bias, x), y, new, width, size,
+        state, x, dt, A, B, C, either(D, x), either(z, x), either(bias, x), y, new, width, size,
         per_group, parts, blocks, *state.stride(), *x.stride(), *dt.stride(), *A.stride(), *B.stride(), *C.stride(),
         *strides(D, 1), *strides(z, 2), *strides(bias, 1), SOFTPLUS=dt_softplus, SKIP=D is not None,
         GATED=z is not None, BIAS=bias is not None, ACC=accumulator(x), PADDED=block_n != size, BLOCK=block,
@@ -173,7 +171,7 @@ def _fake_scan(
     cu_seqlens: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = sequences_of(x, cu_seqlens)
     chunks = (x.shape[1] + CHUNK - 1) // CHUNK
     slots = x.shape[0] * chunks if cu_seqlens is None else chunks + sequences
     # One axis for all: with an axis of slots, torch.compile would guard on there being more than one.
@@ -240,11 +238,9 @@ def _step_gradient(ctx: Any, dy: Tensor | None, dnew: Tensor | None) -> tuple[Te
     """Differentiate a step as a sequence of one token; the state is the one kept before it."""
     state, x, dt, A, B, C, D, z, bias = ctx.saved_tensors
     kept = state.to(wide(x)).contiguous().view(-1)
-    found = _backward_operator(
-        token(dy), dnew, token(x), token(dt), A, token(B), token(C), D, token(z), bias, ctx.dt_softplus, state, None,
-        kept,
-    )  # fmt: skip
-    dx, ddt, dA, dB, dC, dD, dz, dbias, dstate = map(given, (x, dt, A, B, C, D, z, bias, state), found)
+    timed = (one_token(x), one_token(dt), A, one_token(B), one_token(C), D, one_token(z), bias)
+    found = _backward_operator(one_token(dy), dnew, *timed, ctx.dt_softplus, state, None, kept)
+    dx, ddt, dA, dB, dC, dD, dz, dbias, dstate = map(given, (*timed, state), found)
     dx, ddt, dB, dC, dz = (None if one is None else one.squeeze(1) for one in (dx, ddt, dB, dC, dz))
     return dstate, dx, ddt, dA, dB, dC, dD, dz, dbias, None
 
@@ -273,6 +269,6 @@ def selective_scan(
 ) -> tuple[Tensor, Tensor]:
     """Serve `star_kernels.selective_scan`."""
     tensors = (x, dt, A, B, C, D, z, dt_bias)
-    keep = torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (*tensors, initial_state))
+    keep = will_differentiate(*tensors, initial_state)
     y, final, _ = _scan_operator(*tensors, dt_softplus, initial_state, cu_seqlens, keep)
     return y, final

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from star_kernels._operands import given, like, like_or_none, one_token, strides, wide
 from star_kernels._triton import launch, triton_operator
 from star_kernels._triton_math import accumulator, clean, next_power_of_2, product, sigmoid, silu, silu_slope, softplus
 from star_kernels.recurrence.triton import chunks as chunked
@@ -401,15 +402,15 @@ def _launch_states(
     heads, width = x.shape[2:]
     groups, size = B.shape[2:]
     count, chunks, slots = chunked.layout(x, ends)
-    starts = torch.empty(slots, heads, width, size, dtype=chunked.wide(x), device=x.device)
+    starts = torch.empty(slots, heads, width, size, dtype=wide(x), device=x.device)
     dends = None if dy is None else torch.empty_like(starts)
     options = _options(x, dt_softplus, ends, size)
     blocks_p, blocks_n = triton.cdiv(width, options["BLOCK_P"]), triton.cdiv(size, options["BLOCK_N"])
     launch(
         _states, (count * heads * blocks_p * blocks_n, 1 if dy is None else 2), x, dt, A, dt_bias, B, C, z, dy, ends,
         first, dlast, starts, dends, final, dfirst, x.shape[1], chunks, heads, heads // groups, width, size, blocks_p,
-        blocks_n, *x.stride(), *dt.stride(), A.stride(0), *chunked.strides(dt_bias, 1), *B.stride(), *C.stride(),
-        *chunked.strides(z, 4), *chunked.strides(dy, 4), *chunked.strides(first, 4), *chunked.strides(dlast, 4),
+        blocks_n, *x.stride(), *dt.stride(), A.stride(0), *strides(dt_bias, 1), *B.stride(), *C.stride(),
+        *strides(z, 4), *strides(dy, 4), *strides(first, 4), *strides(dlast, 4),
         num_warps=4 if dy is None else 8, **options,
     )  # fmt: skip
     return starts, dends
@@ -422,15 +423,15 @@ def _ssd(
     heads, width = x.shape[2:]
     groups, size = B.shape[2:]
     count, chunks, slots = chunked.layout(x, cu_seqlens)
-    y = chunked.like(x)
-    final = torch.empty(count, heads, width, size, dtype=chunked.wide(x), device=x.device)
+    y = like(x)
+    final = torch.empty(count, heads, width, size, dtype=wide(x), device=x.device)
     starts, _ = _launch_states(x, dt, A, B, C, z, dt_bias, dt_softplus, initial_state, cu_seqlens, final)
     options = _options(x, dt_softplus, cu_seqlens, size)
     blocks_p = triton.cdiv(width, options["BLOCK_P"])
     launch(
         _outputs, (slots * heads * blocks_p,), x, dt, A, dt_bias, B, C, z, D, cu_seqlens, starts, y, x.shape[1], chunks,
         count, heads, heads // groups, width, size, blocks_p, *x.stride(), *dt.stride(), A.stride(0),
-        *chunked.strides(dt_bias, 1), *B.stride(), *C.stride(), *chunked.strides(z, 4), *chunked.strides(D, 1),
+        *strides(dt_bias, 1), *B.stride(), *C.stride(), *strides(z, 4), *strides(D, 1),
         **options,
     )  # fmt: skip
     return y, final
@@ -438,8 +439,8 @@ def _ssd(
 
 def _fake_ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     count = x.shape[0] if rest[-1] is None else rest[-1].shape[0] - 1
-    state = torch.empty((count, *x.shape[2:], B.shape[3]), dtype=chunked.wide(x), device=x.device)
-    return chunked.like(x), state
+    state = torch.empty((count, *x.shape[2:], B.shape[3]), dtype=wide(x), device=x.device)
+    return like(x), state
 
 
 def _ssd_gradients(
@@ -453,19 +454,19 @@ def _ssd_gradients(
     batch, length, heads, width = x.shape
     groups, size = B.shape[2:]
     count, chunks, slots = chunked.layout(x, cu_seqlens)
-    dx, ddt, dz = chunked.like(x), chunked.like(dt), chunked.like_or_none(z, x)
-    dinitial = chunked.like_or_none(initial_state, x)
+    dx, ddt, dz = like(x), like(dt), like_or_none(z, x)
+    dinitial = like_or_none(initial_state, x)
     starts, dends = _launch_states(
         x, dt, A, B, C, z, dt_bias, dt_softplus, initial_state, cu_seqlens, None, dy, dfinal,
         None if initial_state is None else dinitial,
     )  # fmt: skip
     sums = torch.zeros(slots, heads, 3, dtype=starts.dtype, device=x.device)
     options = _options(x, dt_softplus, cu_seqlens, size, 16, 32)
-    steps = (*x.stride(), *dt.stride(), A.stride(0), *chunked.strides(dt_bias, 1), *B.stride(), *C.stride())
+    steps = (*x.stride(), *dt.stride(), A.stride(0), *strides(dt_bias, 1), *B.stride(), *C.stride())
     launch(
         _head_gradients, (slots * heads,), dy, x, dt, A, dt_bias, B, C, z, D, cu_seqlens, starts, dends, dx, ddt, dz,
-        sums, length, chunks, count, heads, heads // groups, width, size, *dy.stride(), *steps, *chunked.strides(z, 4),
-        *chunked.strides(D, 1), num_warps=8, **options,
+        sums, length, chunks, count, heads, heads // groups, width, size, *dy.stride(), *steps, *strides(z, 4),
+        *strides(D, 1), num_warps=8, **options,
     )  # fmt: skip
     slices, blocks_n = triton.cdiv(heads // groups, _HEADS), triton.cdiv(size, options["BLOCK_N"])
     shape = (slices, batch, length, groups, size)
@@ -474,19 +475,19 @@ def _ssd_gradients(
     launch(
         _group_gradients, (slots * groups * slices * blocks_n,), dy, x, dt, A, dt_bias, B, C, z, cu_seqlens, starts,
         dends, db, dc, length, chunks, count, heads, heads // groups, groups, slices, batch * length, width, size,
-        blocks_n, *dy.stride(), *steps, *chunked.strides(z, 4), HEADS=_HEADS, num_warps=8, **options,
+        blocks_n, *dy.stride(), *steps, *strides(z, 4), HEADS=_HEADS, num_warps=8, **options,
     )  # fmt: skip
     dB, dC = (one[0] if slices == 1 else one.sum(0).to(B.dtype) for one in (db, dc))
     totals = sums.sum(0)
     dA, dbias, dD = (
-        chunked.like_or_none(one, x) if one is None else totals[:, i].to(one.dtype, copy=True)
+        like_or_none(one, x) if one is None else totals[:, i].to(one.dtype, copy=True)
         for i, one in enumerate((A, dt_bias, D))
     )
     return dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial
 
 
 def _fake_gradients(dy: Tensor | None, dfinal: Tensor | None, x: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return tuple(chunked.like_or_none(one, x) for one in (x, *rest[:-2]))
+    return tuple(like_or_none(one, x) for one in (x, *rest[:-2]))
 
 
 def _save_ssd(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -498,7 +499,7 @@ def _save_ssd(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _ssd_gradient(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
     *tensors, cu_seqlens = ctx.saved_tensors
     found = _ssd_backward_operator(dy, dfinal, *tensors, ctx.dt_softplus, cu_seqlens)
-    *gradients, dinitial = map(chunked.given, tensors, found)
+    *gradients, dinitial = map(given, tensors, found)
     return *gradients, None, dinitial, None
 
 
@@ -550,21 +551,21 @@ def _ssd_step(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, heads, width = x.shape
     groups, size = B.shape[1:]
-    y, new_state = chunked.like(x), torch.empty(state.shape, dtype=chunked.wide(x), device=x.device)
+    y, new_state = like(x), torch.empty(state.shape, dtype=wide(x), device=x.device)
     block_n = min(128, next_power_of_2(size, 16))
     block_p = min(next_power_of_2(width), _STEP_TILE // block_n)
     blocks_p = triton.cdiv(width, block_p)
     launch(
         _step, (batch * heads * blocks_p,), state, x, dt, A, dt_bias, B, C, z, D, y, new_state, heads, heads // groups,
-        width, size, blocks_p, *state.stride(), *x.stride(), *dt.stride(), A.stride(0), *chunked.strides(dt_bias, 1),
-        *B.stride(), *C.stride(), *chunked.strides(z, 3), *chunked.strides(D, 1), SOFTPLUS=dt_softplus,
+        width, size, blocks_p, *state.stride(), *x.stride(), *dt.stride(), A.stride(0), *strides(dt_bias, 1),
+        *B.stride(), *C.stride(), *strides(z, 3), *strides(D, 1), SOFTPLUS=dt_softplus,
         ACC=accumulator(x), BLOCK_P=block_p, BLOCK_N=block_n,
     )  # fmt: skip
     return y, new_state
 
 
 def _fake_step(state: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return chunked.like(x), torch.empty(state.shape, dtype=chunked.wide(x), device=x.device)
+    return like(x), torch.empty(state.shape, dtype=wide(x), device=x.device)
 
 
 def _save_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -576,10 +577,9 @@ def _save_step(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _step_gradient(ctx: Any, dy: Tensor | None, dstate: Tensor | None) -> tuple[Tensor | None, ...]:
     """Take the gradient of a sequence of one token."""
     state, x, dt, A, B, C, D, z, dt_bias = ctx.saved_tensors
-    token = chunked.token
-    timed = (token(x), token(dt), A, token(B), token(C), D, token(z), dt_bias, state)
-    found = _ssd_backward_operator(token(dy), dstate, *timed, ctx.dt_softplus, None)
-    dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial = map(chunked.given, timed, found)
+    timed = (one_token(x), one_token(dt), A, one_token(B), one_token(C), D, one_token(z), dt_bias, state)
+    found = _ssd_backward_operator(one_token(dy), dstate, *timed, ctx.dt_softplus, None)
+    dx, ddt, dA, dB, dC, dD, dz, dbias, dinitial = map(given, timed, found)
     dx, ddt, dB, dC, dz = (None if one is None else one.squeeze(1) for one in (dx, ddt, dB, dC, dz))
     return dinitial, dx, ddt, dA, dB, dC, dD, dz, dbias, None
 

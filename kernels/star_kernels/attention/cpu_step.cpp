@@ -14,6 +14,8 @@ constexpr int64_t kStrip = 32;
 template <class T> struct Step {
   using W = Wide<T>;
   using V = Vec<T>;
+  // Query heads that share a pass over their keys and values.
+  static constexpr int kShared = V::N < 4 ? 1 : 4;
 
   Scores<W> scores;
   const T* q;  // (B, H, D)
@@ -33,9 +35,13 @@ template <class T> struct Step {
     pack_rows(q + b * q_batch + head * group * q_head, q_head, queries, width, own_q);
     for (int64_t j = 0; j < count; j += V::N) {
       const int64_t here = smaller(V::N, count - j);
-      for (int64_t r = 0; r < queries; ++r) {
-        products(k.at(b, first + j, head + r / group), here, own_q + r * width).store(weights + r * kRoom + j);
-      }
+      each_head(head, end, [&](auto some, int64_t key_head, int64_t r) {
+        const T* keys = k.at(b, first + j, key_head);
+        const W* query = own_q + r * width;
+        W* row = weights + r * kRoom + j;
+        if (some > 1 && here == V::N) return shared_products<some>(keys, query, row, kRoom);
+        for (int g = 0; g < some; ++g) products(keys, here, query + g * width).store(row + g * kRoom);
+      });
     }
     for (int64_t r = 0; r < queries; ++r) {
       W* row = weights + r * kRoom;
@@ -48,10 +54,82 @@ template <class T> struct Step {
     }
     for (int64_t j = 0; j < count; j += kStrip) {
       const int64_t here = smaller(kStrip, count - j);
-      for (int64_t r = 0; r < queries; ++r) {
-        accumulate(weights + r * kRoom + j, v.at(b, first + j, head + r / group), here,
-                   results + r / group * stride + r % group * value_width);
+      each_head(head, end, [&](auto some, int64_t key_head, int64_t r) {
+        const T* values = v.at(b, first + j, key_head);
+        const W* row = weights + r * kRoom + j;
+        W* acc = results + (key_head - head) * stride + r % group * value_width;
+        if (some > 1) return shared_sums<some>(row, kRoom, values, here, acc);
+        accumulate(row, values, here, acc);
+      });
+    }
+  }
+
+  // Call function(number of queries, key head, index of the first) for the queries of key heads [head, end), as many as
+  // share a pass over their keys and values at a time.
+  template <class F> void each_head(int64_t head, int64_t end, F&& function) const {
+    for (int64_t h = head; h < end; ++h) {
+      int64_t r = (h - head) * group;
+      const int64_t stop = r + group;
+      for (; r + kShared <= stop; r += kShared) function(std::integral_constant<int, kShared>{}, h, r);
+      if constexpr (kShared > 2) {
+        for (; r + 2 <= stop; r += 2) function(std::integral_constant<int, 2>{}, h, r);
       }
+      for (; r < stop; ++r) function(std::integral_constant<int, 1>{}, h, r);
+    }
+  }
+
+  // `products` of kQueries queries, a row of `out` each: a key is read once for all of them. Their sums fill one vector.
+  template <int kQueries> void shared_products(const T* keys, const W* queries, W* out, int64_t stride) const {
+    constexpr int kKeys = V::N / kQueries;
+    for (int j = 0; j < V::N; j += kKeys) {
+      V sums[V::N];
+      STAR_UNROLL for (int i = 0; i < V::N; ++i) sums[i] = V(0);
+      sweep<V>(width, [&](int64_t x, auto lanes) {
+        V query[kQueries];
+        STAR_UNROLL for (int g = 0; g < kQueries; ++g) query[g] = V::load(queries + g * width + x, lanes);
+        STAR_UNROLL for (int i = 0; i < kKeys; ++i) {
+          const V key = V::load(keys + (j + i) * k.token + x, lanes);
+          STAR_UNROLL for (int g = 0; g < kQueries; ++g) sums[g * kKeys + i] = fma(query[g], key, sums[g * kKeys + i]);
+        }
+      });
+      W found[V::N];
+      lane_sums(sums).store(found);
+      STAR_UNROLL for (int g = 0; g < kQueries; ++g) {
+        STAR_UNROLL for (int i = 0; i < kKeys; ++i) out[g * stride + j + i] = found[g * kKeys + i];
+      }
+    }
+  }
+
+  // `accumulate` for kQueries queries, whose weights are `stride` apart and whose sums follow each other: a value is read
+  // once for all of them.
+  template <int kQueries>
+  void shared_sums(const W* weights, int64_t stride, const T* values, int64_t count, W* acc) const {
+    constexpr int kVectors = V::N < 16 ? 2 : 4;  // 4 x 4 sums fit 32 registers, 4 x 2 fit 16
+    int64_t x = 0;
+    for (; x + kVectors * V::N <= value_width; x += kVectors * V::N) {
+      shared_columns<kQueries, kVectors>(weights, stride, values + x, count, acc + x);
+    }
+    sweep<V>(value_width - x, [&](int64_t y, auto lanes) {
+      shared_columns<kQueries, 1>(weights, stride, values + x + y, count, acc + x + y, lanes);
+    });
+  }
+
+  template <int kQueries, int kVectors, class L = Full>
+  void shared_columns(const W* weights, int64_t stride, const T* values, int64_t count, W* acc, L lanes = {}) const {
+    V sums[kQueries][kVectors];
+    STAR_UNROLL for (int g = 0; g < kQueries; ++g) {
+      STAR_UNROLL for (int u = 0; u < kVectors; ++u) sums[g][u] = V::load(acc + g * value_width + u * V::N, lanes);
+    }
+    for (int64_t j = 0; j < count; ++j, values += v.token) {
+      V value[kVectors];
+      STAR_UNROLL for (int u = 0; u < kVectors; ++u) value[u] = V::load(values + u * V::N, lanes);
+      STAR_UNROLL for (int g = 0; g < kQueries; ++g) {
+        const V weight(weights[g * stride + j]);
+        STAR_UNROLL for (int u = 0; u < kVectors; ++u) sums[g][u] = fma(weight, value[u], sums[g][u]);
+      }
+    }
+    STAR_UNROLL for (int g = 0; g < kQueries; ++g) {
+      STAR_UNROLL for (int u = 0; u < kVectors; ++u) sums[g][u].store(acc + g * value_width + u * V::N, lanes);
     }
   }
 

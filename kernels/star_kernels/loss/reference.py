@@ -68,7 +68,8 @@ class _ReducedLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, inputs = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        saved = ctx.saved_tensors  # read once: under torch.utils.checkpoint a second look is an error
+        gradients, inputs = saved[:3], saved[3:]
         scaled = (None if one is None else one * dloss for one in gradients)
         return (*(_cast(one, like) for one, like in zip(scaled, inputs, strict=True)), None, None, None)
 

@@ -1,9 +1,10 @@
-// Stores past the caches, for operators whose tensors together are larger than the last-level cache: a line that would
+// Stores past the caches, for operators whose tensors together about fill the last-level cache: a line that would
 // have left the cache before its reader comes is not read in first, nor does it push others out.
 //
 // GB/s of one Zen 4 core with 32 MB of third-level cache, rows of 2048 floats, 16 MB a tensor (usual stores beside it):
 // copy 54 (43), 2 read and 1 written 50 (30), 4 read and 3 written 41 (20). At 4 MB a tensor, where the next reader
-// finds the lines in cache, a copy falls from 88 to 57.
+// finds the lines in cache, a copy falls from 88 to 57. Between lies what fills the cache without leaving it: the gated
+// short convolution's backward on 7 tensors of 4 MB takes 0.52 ms with streams and 0.82 without.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +19,7 @@ namespace star {
 
 // Whether an operator that reads and writes this many bytes in all should stream its outputs. A number, not the size
 // that the system reports: glibc gave 320 MB where a group of cores shares 32.
-inline bool worth_streaming(int64_t bytes) { return bytes >= (int64_t{32} << 20); }
+inline bool worth_streaming(int64_t bytes) { return bytes >= (int64_t{24} << 20); }
 
 // Streaming needs whole lines: a row that begins on one.
 inline bool on_line(const void* row) { return reinterpret_cast<uintptr_t>(row) % 64 == 0; }

@@ -106,9 +106,10 @@ def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 
 def _gated_backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, _gate_in, _gate_out, _weight, bias, state, _cu_seqlens = ctx.saved_tensors
+    saved = ctx.saved_tensors  # read once: under torch.utils.checkpoint a second look is an error
+    x, _gate_in, _gate_out, _weight, bias, state, _cu_seqlens = saved
     dy = torch.zeros_like(x) if dy is None else dy
-    dx, dgate_in, dgate_out, dweight, dbias, dstate = _gated_gradient(dy, dfinal, *ctx.saved_tensors)
+    dx, dgate_in, dgate_out, dweight, dbias, dstate = _gated_gradient(dy, dfinal, *saved)
     dbias = None if bias is None else dbias
     return dx, dgate_in, dgate_out, dweight, dbias, None if state is None else dstate, None
 

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from os import PathLike
-from typing import Self
+from typing import Any, Self
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from star_core.cache import Cache, StateSpec
 from star_core.genome import POOL, Genome, validate
 from star_core.liv import LIV, Features, build_featurizer, build_liv
 from star_core.liv._base import OutputProjection
 from star_core.liv.build import LIVShape
+from star_core.ragged import Ragged, attention_mask_of
 from star_kernels import add_rms_norm, linear_cross_entropy, rms_norm
 
 
@@ -58,6 +61,11 @@ class Backbone(nn.Module):
 
     Featurizers that LIVs share are one module; tensors that LIVs share are computed once a pass, by the first of them.
 
+    Attributes:
+        gradient_checkpointing: Whether training keeps the residual stream and shared tensors alone, and computes a
+            LIV's inner tensors a second time in the backward pass.
+        checkpoint_every: Do so for one LIV in this many.
+
     Raises:
         ValueError: The genome is not valid, or the sizes do not fit one of its classes.
     """
@@ -68,6 +76,10 @@ class Backbone(nn.Module):
             raise ValueError(f"genome: {genome} is not valid: {'; '.join(item.message for item in violations)}")
         self.genome = genome
         self.eps = config.norm_eps
+        self.gradient_checkpointing = False
+        self.checkpoint_every = 1
+        # The name under which transformers puts its own.
+        self._gradient_checkpointing_func: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
         shape = LIVShape(config.width, config.head_dim, config.time_scale, config.rope_base)
         classes = [POOL[genes.liv_class] for genes in genome.livs]
         sharing = genome.sharing()
@@ -88,29 +100,100 @@ class Backbone(nn.Module):
         for index, sources in enumerate(self.tensor_source):
             self.last_use.update(dict.fromkeys(sources.values(), index))
 
-    def forward(self, x: Tensor, cache: Cache | None = None) -> Tensor:
-        """Run `x` [B, T, width] through every LIV and the final norm, continuing from and extending `cache` where
-        there is one."""
-        offset = 0
+    def forward(
+        self,
+        x: Tensor,
+        cache: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        residuals: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Run `x` through every LIV and the final norm.
+
+        Args:
+            x: [B, T, width].
+            cache: Continue from what it holds, and extend it.
+            attention_mask: [B, T], booleans or integers: 0 for padding, anywhere in a row. Padding is left out of the
+                computation, so that real tokens come out as without it, and gives zeros.
+            residuals: Filled with the residual stream before each LIV and after the last, each [B, T, width]: `x`, and
+                then zeros where there is padding.
+        Returns:
+            [B, T, width].
+        Raises:
+            ValueError: The shape of `attention_mask`; a cache of another batch size, or without room. TypeError: The
+                dtype of `attention_mask`.
+        """
+        batch, tokens, _ = x.shape
+        ragged = self._ragged(x, cache, attention_mask)
+        if ragged is None or ragged.cu_seqlens is None:
+            y = self._run(x, cache, ragged, residuals)
+        else:
+            y = ragged.scatter(self._run(ragged.gather(x), cache, ragged, residuals), (batch, tokens))
+            if residuals is not None:
+                residuals[:] = [x, *(ragged.scatter(residual, (batch, tokens)) for residual in residuals[1:])]
         if cache is not None:
-            cache.require_room(x.shape[0], x.shape[1])
-            offset = cache.length
+            cache.advance(tokens, ragged)
+        return y
+
+    def _ragged(self, x: Tensor, cache: Cache | None, attention_mask: Tensor | None) -> Ragged | None:
+        """Say where the tokens of `x` lie if the rows are not equally long, with and after them."""
+        batch, tokens, _ = x.shape
+        if cache is not None:
+            cache.require_room(batch, 0)
+        lengths = None if cache is None else cache.lengths
+        mask = None if attention_mask is None else attention_mask_of(attention_mask, (batch, tokens), x.device)
+        if mask is None or bool(mask.all()):
+            if cache is not None:
+                cache.require_room(batch, tokens)
+                if lengths is not None and tokens == 1:
+                    return Ragged.step(lengths, cache.length)
+            if lengths is None:
+                return None
+            mask = torch.ones((batch, tokens), dtype=torch.bool, device=x.device)
+        if cache is not None and cache.length and lengths is None:
+            lengths = torch.full((batch,), cache.length, device=x.device)
+        ragged = Ragged.pack(mask, lengths)
+        if cache is not None:
+            cache.require_room(batch, ragged.longest - cache.length)
+        return ragged
+
+    def _run(self, x: Tensor, cache: Cache | None, ragged: Ragged | None, residuals: list[Tensor] | None) -> Tensor:
+        offset = 0 if cache is None else cache.length
+        # Not with a cache: a second forward pass would write to it again.
+        recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         features: dict[int, Features] = {}
         h, residual = rms_norm(x, self.norms[0], eps=self.eps), x
         for index, liv in enumerate(self.livs):
-            y, shared = liv(
-                h,
-                reused=self._reused(index, features),
-                state=None if cache is None else cache.states[index],
-                offset=offset,
-            )
+            if residuals is not None:
+                residuals.append(residual)
+            state = None if cache is None else cache.states[index]
+            reused = self._reused(index, features)
+            if recomputes and index % self.checkpoint_every == 0:
+                y, shared = self._recomputed(liv, h, reused, ragged)
+            else:
+                y, shared = liv(h, reused=reused, state=state, offset=offset, ragged=ragged)
             if index in self.last_use:
                 features[index] = shared
             features = {source: kept for source, kept in features.items() if self.last_use[source] > index}
             h, residual = add_rms_norm(y, residual, self.norms[index + 1], eps=self.eps)
-        if cache is not None:
-            cache.length += x.shape[1]
+        if residuals is not None:
+            residuals.append(residual)
         return h
+
+    def _recomputed(
+        self, liv: nn.Module, h: Tensor, reused: Features, ragged: Ragged | None
+    ) -> tuple[Tensor, Features]:
+        """Call `liv` so that the backward pass runs it a second time."""
+        names: list[str] = []
+
+        def run(h: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+            y, shared = liv(h, reused=dict(zip(reused, tensors, strict=True)), ragged=ragged)
+            names[:] = shared
+            # Tensors alone, none of them a parameter itself: torch's reentrant checkpoints know no other outputs.
+            return (y, *(tensor.view_as(tensor) for tensor in shared.values()))
+
+        y, *tensors = self._gradient_checkpointing_func(run, h, *reused.values())
+        return y, dict(zip(names, tensors, strict=True))
 
     def _reused(self, index: int, features: dict[int, Features]) -> Features:
         """Gather what LIV `index` reuses: "k", or "positive.k" and "negative.k" of a differential LIV."""
@@ -128,6 +211,23 @@ class Backbone(nn.Module):
             assert isinstance(liv, LIV)
             specs.append(liv.state_spec(batch_size, max_length, dtype))
         return specs
+
+    @torch.no_grad()
+    def grow(self, cache: Cache, max_length: int) -> None:
+        """Make room in `cache` for `max_length` tokens, keeping what it holds.
+
+        Raises:
+            ValueError: It holds more tokens than that.
+        """
+        if max_length < cache.length:
+            raise ValueError(
+                f"max_length: needs at least the {cache.length} tokens that the cache holds, got {max_length}"
+            )
+        cache.resize(self.state_specs(cache.batch_size, max_length, self.norms[0].dtype), max_length)
+        if cache.length:
+            for liv, state in zip(self.livs, cache.states, strict=True):
+                assert isinstance(liv, LIV)
+                liv.refill(state)
 
 
 class LanguageModel(nn.Module):
@@ -166,26 +266,29 @@ class LanguageModel(nn.Module):
         """The genome that this model was built from."""
         return self.backbone.genome
 
-    def hidden(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """Return the normed last hidden states, [B, T, width], of `tokens` [B, T] int64."""
+    def hidden(self, tokens: Tensor, cache: Cache | None = None, attention_mask: Tensor | None = None) -> Tensor:
+        """Return the normed last hidden states, [B, T, width], of `tokens` [B, T] int64; see `forward`."""
         if tokens.ndim != 2 or tokens.dtype != torch.int64:
             raise ValueError(f"tokens: needs [B, T] int64, got {list(tokens.shape)} {tokens.dtype}")
         x = F.embedding(tokens, self.embedding) * self.config.width**0.5
-        h: Tensor = self.backbone(x, cache)
+        h: Tensor = self.backbone(x, cache, attention_mask)
         return h
 
-    def forward(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, cache: Cache | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """Return next-token logits.
 
         Args:
             tokens: [B, T], int64.
             cache: Continue after the tokens it has seen, and extend it. Default: a full pass.
+            attention_mask: [B, T], booleans or integers: 0 for padding, left, right or between. Real tokens come out
+                as without it, and the cache keeps none of it.
         Returns:
-            Logits [B, T, vocab_size], float32.
+            Logits [B, T, vocab_size], float32; zeros where there is padding.
         Raises:
-            ValueError: Shape or dtype of `tokens`; a cache of another batch size, or without room.
+            ValueError: Shape or dtype of `tokens`, shape of `attention_mask`; a cache of another batch size, or without
+                room. TypeError: dtype of `attention_mask`.
         """
-        return F.linear(self.hidden(tokens, cache), self.embedding).float()
+        return F.linear(self.hidden(tokens, cache, attention_mask), self.embedding).float()
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross entropy in nats of `targets` [B, T] given `tokens` [B, T]; targets of -100 do not

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from star_core.cache import State, StateSpec
+from star_core.ragged import Ragged
 
 Features = dict[str, Tensor]
 """Tensors of feature groups by name, such as {"k": ..., "v": ...}."""
@@ -14,7 +15,7 @@ Features = dict[str, Tensor]
 class LIV(nn.Module):
     """A linear input-varying layer: y = T(x) x, with T built from feature groups.
 
-    A subclass is called as `y, features = liv(x, reused=..., state=..., offset=...)`.
+    A subclass is called as `y, features = liv(x, reused=..., state=..., offset=..., ragged=...)`.
 
     Attributes:
         reuse: Names of the feature groups whose tensors come from an earlier LIV; this LIV has no weights for them.
@@ -23,23 +24,43 @@ class LIV(nn.Module):
     reuse: frozenset[str]
 
     def forward(
-        self, x: Tensor, *, reused: Features | None = None, state: State | None = None, offset: int = 0
+        self,
+        x: Tensor,
+        *,
+        reused: Features | None = None,
+        state: State | None = None,
+        offset: int = 0,
+        ragged: Ragged | None = None,
     ) -> tuple[Tensor, Features]:
         """Mix `x` along time and channels.
 
         Args:
-            x: Normed residual stream, [B, T, width].
+            x: Normed residual stream, [B, T, width]; [1, N, width] where `ragged` packs it.
             reused: Tensors of the groups in `reuse`, as the source LIV returned them in this same forward pass.
             state: This LIV's part of the cache, updated in place. None: a full pass with nothing before it.
-            offset: Tokens that the state has already seen.
+            offset: Tokens that the longest row of the state has already seen.
+            ragged: Where the tokens lie if rows are not equally long. None: they are.
         Returns:
-            Output [B, T, width], and the tensors that a later LIV may reuse.
+            Output, shaped as `x`, and the tensors that a later LIV may reuse.
         """
         raise NotImplementedError
 
     def state_spec(self, batch_size: int, max_length: int, dtype: torch.dtype) -> dict[str, StateSpec]:
         """Shapes and dtypes of the state for `max_length` tokens of `batch_size` sequences; `dtype` is the weights'."""
         raise NotImplementedError
+
+    def refill(self, state: State) -> None:
+        """Compute anew what `state` holds of the weights alone, after its memory was moved. Most LIVs hold nothing."""
+
+
+def is_step(x: Tensor, state: State | None, ragged: Ragged | None) -> bool:
+    """Whether `x` is one new token for each row of a state."""
+    return state is not None and x.shape[1] == 1 and (ragged is None or ragged.cu_seqlens is None)
+
+
+def cu_seqlens_of(ragged: Ragged | None) -> Tensor | None:
+    """Return the boundaries between packed sequences; None where nothing is packed."""
+    return None if ragged is None else ragged.cu_seqlens
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -7,9 +7,10 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from star_core.cache import State, StateSpec
-from star_core.liv._base import LIV, Features, OutputProjection
+from star_core.cache import State, StateSpec, append
+from star_core.liv._base import LIV, Features, OutputProjection, cu_seqlens_of, is_step
 from star_core.liv.featurizer import AttentionFeaturizer
+from star_core.ragged import Ragged
 from star_kernels import attention, attention_step, rotary
 
 
@@ -51,29 +52,44 @@ class Attention(LIV):
         self.out = OutputProjection(heads * head_dim, width)
 
     def forward(
-        self, x: Tensor, *, reused: Features | None = None, state: State | None = None, offset: int = 0
+        self,
+        x: Tensor,
+        *,
+        reused: Features | None = None,
+        state: State | None = None,
+        offset: int = 0,
+        ragged: Ragged | None = None,
     ) -> tuple[Tensor, Features]:
         """See `LIV`. With a state, "k" and "v" hold every token so far: [B, offset + T, kv_heads, head_dim]."""
-        tokens = x.shape[1]
-        groups = self.featurizer(x, self.computed, state)
-        positions = torch.arange(offset, offset + tokens, device=x.device)
+        groups = self.featurizer(x, self.computed, state, ragged)
+        if ragged is None:
+            positions = torch.arange(offset, offset + x.shape[1], device=x.device)
+        else:
+            positions = ragged.rotary_positions()
         for name in ("q", "k"):
             if name in groups:
                 groups[name] = rotary(groups[name], positions, base=self.rope_base)
         if state is not None:
             for name in ("k", "v"):
                 if name in groups:
-                    state[name][:, offset : offset + tokens] = groups[name]
-                    groups[name] = state[name][:, : offset + tokens]
+                    groups[name] = append(state, name, groups[name], offset, ragged)
         shared = {name: groups[name] if name in groups else (reused or {})[name] for name in ("k", "v")}
-        if state is not None and tokens == 1:
-            y = attention_step(groups["q"][:, 0], shared["k"], shared["v"])[:, None]
+        if is_step(x, state, ragged):
+            length = None if ragged is None else ragged.positions + 1
+            y = attention_step(groups["q"][:, 0], shared["k"], shared["v"], length=length)[:, None]
         else:
-            y = attention(groups["q"], shared["k"], shared["v"], causal=True)
+            y = attention(
+                groups["q"],
+                shared["k"],
+                shared["v"],
+                causal=True,
+                cu_seqlens_q=cu_seqlens_of(ragged),
+                cu_seqlens_k=None if ragged is None else ragged.all_cu_seqlens,
+            )
         return self.out(y.flatten(-2)), shared
 
     def state_spec(self, batch_size: int, max_length: int, dtype: torch.dtype) -> dict[str, StateSpec]:
         """Keys and values of every token, unless reused, and the short convolutions' last inputs."""
         spec = self.featurizer.state_spec(self.computed, batch_size)
         shape = (batch_size, max_length, self.kv_heads, self.head_dim)
-        return spec | {name: StateSpec(shape, dtype) for name in ("k", "v") if name not in self.reuse}
+        return spec | {name: StateSpec(shape, dtype, ("row", "token")) for name in ("k", "v") if name not in self.reuse}

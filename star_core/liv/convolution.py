@@ -7,9 +7,10 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from star_core.cache import State, StateSpec
-from star_core.liv._base import LIV, Features, OutputProjection, state_dtype
+from star_core.cache import State, StateSpec, append, read, write
+from star_core.liv._base import LIV, Features, OutputProjection, cu_seqlens_of, is_step, state_dtype
 from star_core.liv.featurizer import ConvolutionFeaturizer, ExplicitFilter, ImplicitFilter
+from star_core.ragged import Ragged
 from star_kernels import gated_short_conv, gated_short_conv_step, long_conv, long_conv_step
 
 
@@ -52,23 +53,30 @@ class GatedShortConv(_GatedConvolution):
         self.taps = taps
 
     def forward(
-        self, x: Tensor, *, reused: Features | None = None, state: State | None = None, offset: int = 0
+        self,
+        x: Tensor,
+        *,
+        reused: Features | None = None,
+        state: State | None = None,
+        offset: int = 0,
+        ragged: Ragged | None = None,
     ) -> tuple[Tensor, Features]:
         """See `LIV`. "B" is [B, T, width], "K" the taps [width, taps]."""
         groups = self._gates(x, reused)
         taps = (reused or {})["K"] if "K" in self.reuse else self._filter()
+        v, B, C = (groups[name] for name in ("v", "B", "C"))
+        cu_seqlens = cu_seqlens_of(ragged)
         if state is None:
-            y, _ = gated_short_conv(groups["v"], groups["B"], groups["C"], taps)
-        elif x.shape[1] == 1:
-            y, final = gated_short_conv_step(
-                state["conv"], groups["v"][:, 0], groups["B"][:, 0], groups["C"][:, 0], taps
-            )
-            y = y[:, None]
-            state["conv"].copy_(final)
+            y, _ = gated_short_conv(v, B, C, taps, cu_seqlens=cu_seqlens)
         else:
-            y, final = gated_short_conv(groups["v"], groups["B"], groups["C"], taps, initial_state=state["conv"])
-            state["conv"].copy_(final)
-        return self.out(y), {"B": groups["B"], "K": taps}
+            held = read(state, "conv")
+            if is_step(x, state, ragged):
+                y, final = gated_short_conv_step(held, v[:, 0], B[:, 0], C[:, 0], taps)
+                y = y[:, None]
+            else:
+                y, final = gated_short_conv(v, B, C, taps, initial_state=held, cu_seqlens=cu_seqlens)
+            write(state, "conv", final)
+        return self.out(y), {"B": B, "K": taps}
 
     def _filter(self) -> Tensor:
         assert isinstance(self.featurizer.filter, ExplicitFilter)
@@ -98,30 +106,53 @@ class GatedLongConv(_GatedConvolution):
         self.skip = nn.Parameter(torch.ones(width))
 
     def forward(
-        self, x: Tensor, *, reused: Features | None = None, state: State | None = None, offset: int = 0
+        self,
+        x: Tensor,
+        *,
+        reused: Features | None = None,
+        state: State | None = None,
+        offset: int = 0,
+        ragged: Ragged | None = None,
     ) -> tuple[Tensor, Features]:
         """See `LIV`. "B" is [B, T, width], "K" the taps: [width, T], or [width, max_length] of the cache where
         there is one."""
         groups = self._gates(x, reused)
-        tokens = x.shape[1]
-        if state is None:
-            taps = (reused or {})["K"] if "K" in self.reuse else self._filter(tokens)
-            y = long_conv(groups["v"], taps, gate_in=groups["B"], gate_out=groups["C"], skip=self.skip)
-            return self.out(y), {"B": groups["B"], "K": taps}
-        history = state["history"]
-        if "K" not in self.reuse and offset == 0:
-            state["K"].copy_(self._filter(history.shape[1]))
-        taps = (reused or {})["K"] if "K" in self.reuse else state["K"]
         B, v, C = (groups[name] for name in ("B", "v", "C"))
-        history[:, offset : offset + tokens] = B.to(history.dtype) * v.to(history.dtype)
-        if tokens == 1:
-            seen = history[:, :offset]
-            y, _ = long_conv_step(seen, v[:, 0], taps, gate_in=B[:, 0], gate_out=C[:, 0], skip=self.skip)
-            y = y[:, None]
+        if "K" in self.reuse:
+            taps = (reused or {})["K"]
+        elif state is None:
+            taps = self._filter(x.shape[1] if ragged is None else ragged.longest)
+        elif offset == 0:
+            taps = self._filter(state["K"].shape[1])
+            write(state, "K", taps)
         else:
-            seen = history[:, : offset + tokens].to(v.dtype)
-            y = C * long_conv(seen, taps[:, : offset + tokens], skip=self.skip)[:, offset:]
-        return self.out(y), {"B": groups["B"], "K": taps}
+            taps = read(state, "K")
+        if state is None:
+            y = long_conv(v, taps, gate_in=B, gate_out=C, skip=self.skip, cu_seqlens=cu_seqlens_of(ragged))
+        else:
+            y = self._continue(v, B, C, taps, state, offset, ragged)
+        return self.out(y), {"B": B, "K": taps}
+
+    def _continue(
+        self, v: Tensor, B: Tensor, C: Tensor, taps: Tensor, state: State, offset: int, ragged: Ragged | None
+    ) -> Tensor:
+        """Convolve the new tokens with all gated inputs so far, and keep theirs."""
+        dtype = state["history"].dtype
+        seen = append(state, "history", B.to(dtype) * v.to(dtype), offset, ragged)
+        if is_step(v, state, ragged):
+            past = seen[:, :offset] if ragged is None else _right_aligned(seen[:, :offset], ragged.positions)
+            y, _ = long_conv_step(past, v[:, 0], taps, gate_in=B[:, 0], gate_out=C[:, 0], skip=self.skip)
+            return y[:, None]
+        if offset == 0:
+            return long_conv(v, taps, gate_in=B, gate_out=C, skip=self.skip, cu_seqlens=cu_seqlens_of(ragged))
+        all_seqlens = None if ragged is None else ragged.all_cu_seqlens
+        y = long_conv(seen.to(v.dtype), taps, skip=self.skip, cu_seqlens=all_seqlens)
+        return C * (y[:, offset:] if ragged is None or ragged.new is None else y[:, ragged.new])
+
+    def refill(self, state: State) -> None:
+        """See `LIV`: the filter's taps."""
+        if "K" in state:
+            write(state, "K", self._filter(state["K"].shape[1]))
 
     def _filter(self, length: int) -> Tensor:
         assert isinstance(self.featurizer.filter, ImplicitFilter)
@@ -130,5 +161,12 @@ class GatedLongConv(_GatedConvolution):
 
     def state_spec(self, batch_size: int, max_length: int, dtype: torch.dtype) -> dict[str, StateSpec]:
         """Every gated input and the filter's taps unless reused."""
-        spec = {"history": StateSpec((batch_size, max_length, self.width), state_dtype(dtype))}
-        return spec if "K" in self.reuse else spec | {"K": StateSpec((self.width, max_length), dtype)}
+        spec = {"history": StateSpec((batch_size, max_length, self.width), state_dtype(dtype), ("row", "token"))}
+        return spec if "K" in self.reuse else spec | {"K": StateSpec((self.width, max_length), dtype, ())}
+
+
+def _right_aligned(x: Tensor, lengths: Tensor) -> Tensor:
+    """Move the first `lengths` (B,) tokens of `x` [B, T, D] to its end, with zeros before them."""
+    places = torch.arange(x.shape[1], device=x.device) - (x.shape[1] - lengths)[:, None]
+    moved = x.take_along_dim(places.clamp_min(0)[:, :, None], dim=1)
+    return moved.masked_fill((places < 0)[:, :, None], 0.0)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from star_core.cache import State, StateSpec
 from star_core.liv._base import LIV, Features
+from star_core.ragged import Ragged
 
 
 class Differential(LIV):
@@ -26,7 +27,13 @@ class Differential(LIV):
         self.lam = nn.Parameter(torch.ones(()))
 
     def forward(
-        self, x: Tensor, *, reused: Features | None = None, state: State | None = None, offset: int = 0
+        self,
+        x: Tensor,
+        *,
+        reused: Features | None = None,
+        state: State | None = None,
+        offset: int = 0,
+        ragged: Ragged | None = None,
     ) -> tuple[Tensor, Features]:
         """See `LIV`."""
         outputs, features = [], {}
@@ -36,10 +43,16 @@ class Differential(LIV):
                 reused=_below(reused, prefix),
                 state=_below(state, prefix),
                 offset=offset,
+                ragged=ragged,
             )
             outputs.append(y)
             features.update({prefix + name: tensor for name, tensor in shared.items()})
         return outputs[0] - self.lam * outputs[1], features
+
+    def refill(self, state: State) -> None:
+        """See `LIV`."""
+        for prefix, liv in (("positive.", self.positive), ("negative.", self.negative)):
+            liv.refill(_below(state, prefix) or {})
 
     def state_spec(self, batch_size: int, max_length: int, dtype: torch.dtype) -> dict[str, StateSpec]:
         """The states of both LIVs."""

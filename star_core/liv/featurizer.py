@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from star_core.cache import State, StateSpec
-from star_core.liv._base import init_linear_, state_dtype
+from star_core.cache import State, StateSpec, read, write
+from star_core.liv._base import cu_seqlens_of, init_linear_, is_step, state_dtype
+from star_core.ragged import Ragged
 from star_kernels import causal_conv1d, causal_conv1d_step
 
 
@@ -65,16 +66,20 @@ class ShortConv(nn.Module):
         channels, taps = self.weight.shape
         return StateSpec((batch_size, channels, taps - 1), state_dtype(self.weight.dtype))
 
-    def forward(self, x: Tensor, state: State | None, name: str) -> Tensor:
+    def forward(self, x: Tensor, state: State | None, name: str, ragged: Ragged | None) -> Tensor:
         """Convolve `x` [B, T, channels], continuing from and updating `state[name]` where there is a state."""
+        cu_seqlens = cu_seqlens_of(ragged)
         if state is None:
-            return causal_conv1d(x, self.weight, self.bias, activation=self.activation)[0]
-        if x.shape[1] == 1:
-            y, final = causal_conv1d_step(state[name], x[:, 0], self.weight, self.bias, activation=self.activation)
+            return causal_conv1d(x, self.weight, self.bias, activation=self.activation, cu_seqlens=cu_seqlens)[0]
+        held = read(state, name)
+        if is_step(x, state, ragged):
+            y, final = causal_conv1d_step(held, x[:, 0], self.weight, self.bias, activation=self.activation)
             y = y[:, None]
         else:
-            y, final = causal_conv1d(x, self.weight, self.bias, activation=self.activation, initial_state=state[name])
-        state[name].copy_(final)
+            y, final = causal_conv1d(
+                x, self.weight, self.bias, activation=self.activation, initial_state=held, cu_seqlens=cu_seqlens
+            )
+        write(state, name, final)
         return y
 
 
@@ -106,12 +111,14 @@ class AttentionFeaturizer(nn.Module):
         assert isinstance(conv, ShortConv)
         return conv
 
-    def forward(self, x: Tensor, names: Sequence[str], state: State | None) -> dict[str, Tensor]:
+    def forward(
+        self, x: Tensor, names: Sequence[str], state: State | None, ragged: Ragged | None = None
+    ) -> dict[str, Tensor]:
         """Return the named groups of `x` [B, T, width], each [B, T, heads, head_dim]."""
         groups: dict[str, Tensor] = self.project(x, names)
         for name in names:
             if name in self.convs:
-                groups[name] = self._conv(name)(groups[name], state, f"conv_{name}")
+                groups[name] = self._conv(name)(groups[name], state, f"conv_{name}", ragged)
         return {name: torch.unflatten(group, -1, (self.heads[name], self.head_dim)) for name, group in groups.items()}
 
 
@@ -152,11 +159,13 @@ class RecurrenceFeaturizer(nn.Module):
             self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
             self.A_log.copy_(torch.arange(1, self.state_size + 1, dtype=torch.float32).log().expand_as(self.A_log))
 
-    def forward(self, x: Tensor, names: Sequence[str], state: State | None) -> dict[str, Tensor]:
+    def forward(
+        self, x: Tensor, names: Sequence[str], state: State | None, ragged: Ragged | None = None
+    ) -> dict[str, Tensor]:
         """Return "x", "z", "dt" [B, T, inner] (dt before bias and softplus), "A" [inner, N] < 0, and the named
         ones of "B", "C" [B, T, 1, N]."""
         groups: dict[str, Tensor] = self.project(x, ("x", "z"))
-        groups["x"] = self.conv(groups["x"], state, "conv_x")
+        groups["x"] = self.conv(groups["x"], state, "conv_x", ragged)
         selected = self.select(groups["x"], ("dt", *names))
         # Contiguous as [rank, inner]: with a rank of 4, a matrix library takes five times as long over the gradients of
         # the other layout (0.29 ms against 0.05 for 1024 tokens of 128 channels).

@@ -8,6 +8,7 @@ from torch import Tensor
 from star_core.cache import State, StateSpec
 from star_core.liv._base import LIV, Features, OutputProjection
 from star_core.liv.featurizer import MemorylessFeaturizer
+from star_core.ragged import Ragged
 from star_kernels import swiglu
 
 
@@ -30,7 +31,13 @@ class GatedMemoryless(LIV):
         self.out = OutputProjection(hidden, width)
 
     def forward(
-        self, x: Tensor, *, reused: Features | None = None, state: State | None = None, offset: int = 0
+        self,
+        x: Tensor,
+        *,
+        reused: Features | None = None,
+        state: State | None = None,
+        offset: int = 0,
+        ragged: Ragged | None = None,
     ) -> tuple[Tensor, Features]:
         """See `LIV`. Shares nothing and keeps nothing."""
         groups = self.featurizer(x, ("gate", "value"))

@@ -7,9 +7,10 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from star_core.cache import State, StateSpec
-from star_core.liv._base import LIV, Features, OutputProjection, state_dtype
+from star_core.cache import State, StateSpec, read, write
+from star_core.liv._base import LIV, Features, OutputProjection, cu_seqlens_of, is_step, state_dtype
 from star_core.liv.featurizer import RecurrenceFeaturizer
+from star_core.ragged import Ragged
 from star_kernels import selective_scan, selective_scan_step
 
 
@@ -40,16 +41,23 @@ class Recurrence(LIV):
         self.out = OutputProjection(inner, width)
 
     def forward(
-        self, x: Tensor, *, reused: Features | None = None, state: State | None = None, offset: int = 0
+        self,
+        x: Tensor,
+        *,
+        reused: Features | None = None,
+        state: State | None = None,
+        offset: int = 0,
+        ragged: Ragged | None = None,
     ) -> tuple[Tensor, Features]:
         """See `LIV`. "B" and "C" are [B, T, 1, N]."""
-        groups = self.featurizer(x, self.computed, state)
+        groups = self.featurizer(x, self.computed, state, ragged)
         shared = {name: groups[name] if name in groups else (reused or {})[name] for name in ("B", "C")}
         A, bias = groups["A"], self.featurizer.dt_bias
-        if state is not None and x.shape[1] == 1:
+        held = None if state is None else read(state, "h")
+        if held is not None and is_step(x, state, ragged):
             step = [tensor[:, 0] for tensor in (groups["x"], groups["dt"], shared["B"], shared["C"], groups["z"])]
             y, final = selective_scan_step(
-                state["h"], step[0], step[1], A, step[2], step[3], D=self.D, z=step[4], dt_bias=bias, dt_softplus=True
+                held, step[0], step[1], A, step[2], step[3], D=self.D, z=step[4], dt_bias=bias, dt_softplus=True
             )
             y = y[:, None]
         else:
@@ -63,10 +71,11 @@ class Recurrence(LIV):
                 z=groups["z"],
                 dt_bias=bias,
                 dt_softplus=True,
-                initial_state=None if state is None else state["h"],
+                initial_state=held,
+                cu_seqlens=cu_seqlens_of(ragged),
             )
         if state is not None:
-            state["h"].copy_(final)
+            write(state, "h", final)
         return self.out(y), shared
 
     def state_spec(self, batch_size: int, max_length: int, dtype: torch.dtype) -> dict[str, StateSpec]:

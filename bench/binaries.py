@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from star_kernels._triton import Gpu, Launch
+from star_kernels._triton import OPTIONS, Gpu, Launch
 
 _NAMES = {
     torch.float32: "fp32",
@@ -138,7 +138,7 @@ def compile_for(launch: Launch, target: Target) -> Binary:
     import triton
     from triton.backends.compiler import GPUTarget
 
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **OPTIONS}
     gpu = GPUTarget(target.backend, target.arch, target.warp)
     compiled = triton.compile(source_of(launch), target=gpu, options=options)
     if target.backend == "cuda":
@@ -177,7 +177,7 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int]:
 
 def _cuda_instructions(ptx: str) -> tuple[int, int, str]:
     loads = re.findall(r"^\s*(?:@!?%p\d+ )?(?:ld\.global|cp\.async\.c[ag])\S*.*$", ptx, re.MULTILINE)
-    wide = [line for line in loads if re.search(r"\.v4\.[bfu]32|\.v2\.[bfu]64|\.v8\.|0x10, 0x10|, 16, ", line)]
+    wide = [line for line in loads if re.search(r"\.v4\.[bfu]32|\.v2\.[bfu]64|\.v8\.|\], 0x10, |, 16, ", line)]
     return len(loads), len(wide), _first(ptx, {"tcgen05.mma": "tcgen05", "wgmma.mma": "wgmma", "mma.sync": "mma.sync"})
 
 

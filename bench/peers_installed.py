@@ -1,6 +1,7 @@
-"""Rivals from other packages, where they are installed: their torch code that runs on a CPU.
+"""Rivals from other packages, where they are installed: their torch code that runs on a CPU, and Liger's GPU kernels.
 
-A package that is not there, or that fails to import, has no rows. Nothing here is a dependency.
+Other packages' GPU kernels for operators of ours are backends, which the suite times as such. A package that is not
+there, or that fails to import, has no rows. Nothing here is a dependency.
 """
 
 from __future__ import annotations
@@ -77,6 +78,29 @@ def _causal_conv1d(x: Tensor, weight: Tensor, bias: Tensor, activation: str | No
     return _call(*_CONV)(x.transpose(1, 2), weight, bias, activation=activation).transpose(1, 2)
 
 
+# Liger's functions, which take their arguments by position: a norm's are eps, what is added to the weight, the rounding
+# (as Llama's), and whether a gradient may overwrite what came in, which a second call in a row would not survive.
+_LIGER = "liger_kernel.transformers.functional"
+_LIGER_NORM = (1e-6, 0.0, "llama", False)
+
+
+def _liger_rms_norm(x: Tensor, weight: Tensor) -> Any:
+    return _call(_LIGER, "liger_rms_norm")(x, weight, *_LIGER_NORM)
+
+
+def _liger_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor) -> Any:
+    return _call(_LIGER, "liger_fused_add_rms_norm")(x, residual, weight, *_LIGER_NORM)
+
+
+def _liger_swiglu(gate: Tensor, up: Tensor) -> Any:
+    return _call(_LIGER, "liger_swiglu")(gate, up)
+
+
+def _liger_linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Any:
+    loss = _call(_LIGER, "liger_fused_linear_cross_entropy")
+    return loss(hidden.flatten(0, -2), weight, targets.flatten())
+
+
 _CANDIDATES: dict[str, tuple[tuple[Peer, str, str], ...]] = {
     "gated_linear_attention": ((Peer("fla", _fla_gated_linear_attention), *_FLA_GLA),),
     "gated_delta_rule": (
@@ -85,4 +109,8 @@ _CANDIDATES: dict[str, tuple[tuple[Peer, str, str], ...]] = {
     ),
     "selective_scan": ((Peer("mamba-ssm", _mamba_selective_scan), *_MAMBA_SCAN),),
     "causal_conv1d": ((Peer("causal-conv1d", _causal_conv1d), *_CONV),),
+    "rms_norm": ((Peer("liger", _liger_rms_norm), _LIGER, "liger_rms_norm"),),
+    "add_rms_norm": ((Peer("liger", _liger_add_rms_norm), _LIGER, "liger_fused_add_rms_norm"),),
+    "swiglu": ((Peer("liger", _liger_swiglu), _LIGER, "liger_swiglu"),),
+    "linear_cross_entropy": ((Peer("liger", _liger_linear_cross_entropy), _LIGER, "liger_fused_linear_cross_entropy"),),
 }

@@ -24,6 +24,7 @@ from bench.peers_steps import STEP_PEERS
 from bench.results import REFERENCE, STAR, Absent, Row, now, versions
 from bench.timing import Measurement, Provider, measure_many
 from bench.work import Work, differentiated, work_of
+from star_kernels.dispatch import serving
 
 PEERS: dict[str, tuple[Peer, ...]] = {**DENSE_PEERS, **RECURRENCE_PEERS, **STEP_PEERS}
 """Every operator's rivals."""
@@ -104,10 +105,12 @@ def measure_case(case: Case, mode: str, settings: Settings) -> Outcome:
             outputs = _as_tuple(public(**inputs.args, **inputs.options))
         call = _caller(case, inputs, grad, outputs)
         runs = {STAR: call(partial(public, **inputs.args, **inputs.options))}
-        if backend != REFERENCE:
-            runs[REFERENCE] = call(partial(public, **inputs.args, **inputs.options, backend=REFERENCE))
         for name, function in _rivals(case, mode, inputs):
             runs[name] = call(function)
+        # Last, so that a package's kernel stands under its name rather than the torch code that it brings.
+        for name in serving(case.operator, inputs.first):
+            if name != backend:
+                runs[name] = call(partial(public, **inputs.args, **inputs.options, backend=name))
         seconds, absent = _check(case, mode, runs)
         work = work_of(case, mode, inputs, outputs)
         measured, percents = _time(runs, seconds, work, case, settings, absent, mode)
@@ -169,7 +172,8 @@ def _compiled_code_dropped() -> Iterator[None]:
 def _check(case: Case, mode: str, runs: dict[str, Callable[[], Any]]) -> tuple[dict[str, float], list[Absent]]:
     """Hold every provider's results against ours; return the seconds of a call, and who failed to run.
 
-    A rival from another package may fail, and one that torch.compile makes: both are absent then, with the reason.
+    A rival from another package may fail or compute something else, and one that torch.compile makes: both are absent
+    then, with the reason.
     Our own formulas and operators may not.
     """
     own = {STAR, REFERENCE} | {peer.name for peer in PEERS[case.operator] if not peer.compiled}
@@ -188,9 +192,18 @@ def _check(case: Case, mode: str, runs: dict[str, Callable[[], Any]]) -> tuple[d
             continue
         if name == STAR:
             expected = results
-        for index, (got, want) in enumerate(zip(results, expected, strict=mode == "full")):
-            _require_agreement(f"{case.operator} {case.name} {mode}: result {index} of {name}", got, want, case.dtype)
-        del results
+        try:
+            for index, (got, want) in enumerate(zip(results, expected, strict=mode == "full")):
+                label = f"{case.operator} {case.name} {mode}: result {index} of {name}"
+                _require_agreement(label, got, want, case.dtype)
+        except AssertionError as error:
+            if name in own:
+                raise
+            absent.append(Absent(case.operator, case.name, mode, name, str(error)[:300]))
+            del runs[name]
+            continue
+        finally:
+            del results
         if perf_counter() - started < _LONG_ENOUGH_S or name not in own:
             started = perf_counter()
             run()

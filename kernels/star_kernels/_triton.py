@@ -14,7 +14,7 @@ import functools
 import importlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from star_kernels import dispatch
+from star_kernels._tuning import Run, identity, tuner, variants
 
 BACKEND = "triton"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,6 +42,9 @@ OPERATORS: dict[str, tuple[str, ...]] = {
     "recurrence.triton.delta_rule": ("gated_delta_rule", "gated_delta_rule_step"),
 }
 """Public operators by the module that serves them with functions of the same names."""
+
+OPTIONS = {"enable_fp_fusion": True}
+"""What every kernel is compiled with: Triton 3.9 fuses products and sums unless told, and 3.10 will not."""
 
 Function = Callable[..., Any]
 
@@ -73,6 +77,13 @@ class Gpu:
     backend: str
     arch: int | str
     shared_bytes: int
+
+    @property
+    def units(self) -> str:
+        """Where matrix units take a product's factors from: "registers", "shared" memory; "native" if float32 too."""
+        if self.backend == "hip":
+            return "native"
+        return "shared" if 90 <= int(self.arch) < 120 else "registers"
 
 
 # What tensors of the interpreter and of a recording for no GPU in particular stand for.
@@ -149,7 +160,13 @@ def recording(gpu: Gpu = _H100) -> Iterator[list[Launch]]:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *arguments: Any, num_warps: int = 4, num_stages: int = 2, **constants: Any
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    repeatable: bool = True,
+    **constants: Any,
 ) -> None:
     """Start a kernel on the device of its first tensor; not at all where the grid is empty.
 
@@ -159,6 +176,8 @@ def launch(
         arguments: Its parameters in order, without those that are `tl.constexpr`.
         num_warps: Warps of a program.
         num_stages: Stages of software pipelining.
+        repeatable: Whether starting it twice is as starting it once, so that it may be timed: not where it reads what
+            it writes.
         constants: The parameters that are `tl.constexpr`.
     """
     if 0 in grid:
@@ -169,11 +188,31 @@ def launch(
         _recorded.append(Launch(kernel, grid, given, num_warps, num_stages))
         return
     if interpreting():
-        kernel[grid](*arguments, **constants)
+        _interpret(kernel, grid, arguments, constants, repeatable)
         return
-    first = next(one for one in arguments if isinstance(one, Tensor))
-    with torch.cuda.device(first.device):
-        kernel[grid](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+    device = next(one for one in arguments if isinstance(one, Tensor)).device
+    default = Run(num_warps, num_stages)
+    gpu = _gpu(device.index)
+    # Of the arguments, what decides what is compiled, and no size.
+    kinds = tuple(one.dtype if isinstance(one, Tensor) else type(one) for one in arguments)
+    with torch.cuda.device(device):
+        tuner().run(
+            (kernel, device.index, default, kinds, *constants.values()),
+            lambda: identity(
+                f"{kernel.__module__}.{kernel.__name__}", f"{gpu.backend}:{gpu.arch}", default, kinds, constants
+            ),
+            default,
+            lambda run: kernel[grid](*arguments, **run._asdict(), **OPTIONS, **constants),
+            lambda: variants(default, 64 if gpu.backend == "hip" else 32) if repeatable else [],
+        )
+
+
+def _interpret(
+    kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], constants: Mapping[str, Any], repeatable: bool
+) -> None:
+    """Run a kernel in Triton's interpreter; tests put something else here that starts what is repeatable twice."""
+    del repeatable
+    kernel[grid](*arguments, **constants)
 
 
 def triton_operator(

@@ -104,37 +104,41 @@ def tanh(x):
 
 
 @triton.jit
-def product(a, b, acc):
-    """acc + a b, exact to float32 whatever the factors' dtype.
+def product(a, b, acc, A_TURNED: tl.constexpr = False, B_TURNED: tl.constexpr = False):
+    """acc + a b, exact to float32 whatever the factors' dtype; of the transposes of those that are to be turned.
 
     A float32 factor is split into three bfloat16 parts, 24 bits in all: three tensor-core products with a bfloat16
     factor, six with another float32 one. On an H100 six run at 165 TFLOP/s where its float32 units do 67, and they are
-    the same on every card; TF32 has 11 bits a part and no counterpart on AMD's.
+    the same on every card; TF32 has 11 bits a part and no counterpart on AMD's. Parts are turned, not what they are
+    parts of: shared memory does that, where a float32 tile would be loaded number by number for it.
     """
     if a.dtype == b.dtype and a.dtype != tl.float32:
-        return tl.dot(a, b, acc, out_dtype=acc.dtype)
+        return tl.dot(_turned(a, A_TURNED), _turned(b, B_TURNED), acc, out_dtype=acc.dtype)
     elif not SPLIT:
-        return tl.dot(a.to(acc.dtype), b.to(acc.dtype), acc, out_dtype=acc.dtype)
+        a, b = _turned(a, A_TURNED).to(acc.dtype), _turned(b, B_TURNED).to(acc.dtype)
+        return tl.dot(a, b, acc, out_dtype=acc.dtype)
     else:
-        return split_product(a, b, acc)
+        return split_product(a, b, acc, A_TURNED, B_TURNED)
 
 
 @triton.jit
-def split_product(a, b, acc):
+def split_product(a, b, acc, A_TURNED: tl.constexpr = False, B_TURNED: tl.constexpr = False):
     """acc + a b in bfloat16 parts, the smallest first. Infinite factors may give NaN."""
     if a.dtype == tl.bfloat16:
-        first, second, third = _parts(b)
+        a = _turned(a, A_TURNED)
+        first, second, third = _parts(b, B_TURNED)
         acc = tl.dot(a, third, acc)
         acc = tl.dot(a, second, acc)
         return tl.dot(a, first, acc)
     elif b.dtype == tl.bfloat16:
-        first, second, third = _parts(a)
+        b = _turned(b, B_TURNED)
+        first, second, third = _parts(a, A_TURNED)
         acc = tl.dot(third, b, acc)
         acc = tl.dot(second, b, acc)
         return tl.dot(first, b, acc)
     else:
-        a_first, a_second, a_third = _parts(a)
-        b_first, b_second, b_third = _parts(b)
+        a_first, a_second, a_third = _parts(a, A_TURNED)
+        b_first, b_second, b_third = _parts(b, B_TURNED)
         # float16 has two parts.
         if b.dtype == tl.float32:
             acc = tl.dot(a_first, b_third, acc)
@@ -147,13 +151,22 @@ def split_product(a, b, acc):
 
 
 @triton.jit
-def _parts(x):
+def _parts(x, TURNED: tl.constexpr):
     """Split x into bfloat16 numbers whose sum it is."""
     wide = x.to(tl.float32)
     first = wide.to(tl.bfloat16)
     rest = _finite_or_zero(wide - first.to(tl.float32))
     second = rest.to(tl.bfloat16)
-    return first, second, (rest - second.to(tl.float32)).to(tl.bfloat16)
+    third = (rest - second.to(tl.float32)).to(tl.bfloat16)
+    return _turned(first, TURNED), _turned(second, TURNED), _turned(third, TURNED)
+
+
+@triton.jit
+def _turned(x, TURNED: tl.constexpr):
+    if TURNED:
+        return tl.trans(x)
+    else:
+        return x
 
 
 @triton.jit

@@ -306,6 +306,24 @@ def which(op: str, *tensors: Tensor) -> str:
     return _operators[op].resolve(tensors[0].device.type, tensors[0].dtype, _preferred)[0]
 
 
+def serving(op: str, tensor: Tensor) -> list[str]:
+    """List the backends that can serve operator `op` here for a first tensor like this, the preferred one first.
+
+    Raises:
+        ValueError: `op` does not exist.
+    """
+    which(op, tensor)
+    entries = _implementations.get(op, ())
+    names = (
+        one.backend
+        for one in entries
+        if _backends[one.backend].unavailable is None
+        and tensor.device.type in one.device_types
+        and tensor.dtype in one.dtypes
+    )
+    return [*dict.fromkeys(names), REFERENCE]
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Let one backend serve every call of the block that names none, as `backend=name` would.

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from bench import aot
-from bench.binaries import TARGETS, Binary, occupancy_of
-from bench.cases import cases
+from bench.binaries import TARGETS, Binary, compile_for, occupancy_of
+from bench.cases import Case, cases
 from bench.roofline import CARDS, card_of, least_seconds
 from bench.work import Work
+from star_kernels._tuning import Run, variants
 
 SM_80, SM_90, _, GFX942 = TARGETS
 
@@ -108,6 +109,23 @@ def _held_against_the_committed_table(grid: list[tuple[int, str]], targets: list
 @pytest.mark.usefixtures("_triton_installed")
 def test_default_configurations_in_bfloat16_on_two_targets() -> None:
     _held_against_the_committed_table(aot.grid_of(aot.CASES, ["bfloat16"]), [SM_90, GFX942])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("_triton_installed")
+def test_what_tuning_compares_compiles() -> None:
+    refused = []
+    for case in aot.CASES:
+        half = Case(case.operator, case.sizes, case.options, torch.bfloat16)
+        for launch, _ in aot.launches_of(half, SM_90):
+            default = Run(launch.num_warps, launch.num_stages)
+            for one in variants(default)[1:]:
+                try:
+                    compile_for(replace(launch, **one._asdict()), SM_90)
+                except RuntimeError as error:
+                    refused.append(f"{case.operator} {launch.kernel.__name__} {one}: {error}")
+    assert not refused
 
 
 @pytest.mark.slow

@@ -107,7 +107,7 @@ def test_recurrences_widen_half_precision(operator: str) -> None:
 def test_other_packages_are_peers_where_they_import(monkeypatch: pytest.MonkeyPatch) -> None:
     peers_installed._found.cache_clear()
     assert [peer.name for peer in installed_peers("gated_linear_attention")] in ([], ["fla"])
-    assert installed_peers("rms_norm") == ()
+    assert installed_peers("rotary") == ()
 
     def naive_recurrent_gla(q: Tensor, k: Tensor, v: Tensor, gk: Tensor) -> tuple[Tensor, None]:
         return star_kernels.gated_linear_attention(q, k, v, gk)[0], None
@@ -125,6 +125,45 @@ def test_other_packages_are_peers_where_they_import(monkeypatch: pytest.MonkeyPa
     assert torch.equal(call(peer.function, case)[0], want)
     monkeypatch.undo()
     peers_installed._found.cache_clear()
+
+
+def test_liger_takes_its_arguments_by_position(monkeypatch: pytest.MonkeyPatch) -> None:
+    def norm(x: Tensor, weight: Tensor, eps: float, offset: float, casting: str, in_place: bool) -> Tensor:
+        assert (offset, casting, in_place) == (0.0, "llama", False)
+        return star_kernels.rms_norm(x, weight, eps=eps)
+
+    def add_norm(x: Tensor, residual: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        return norm(x + residual, weight, *rest), x + residual
+
+    def loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        assert (hidden.ndim, targets.ndim) == (2, 1)
+        return star_kernels.linear_cross_entropy(hidden, weight, targets)
+
+    module = ModuleType("liger_kernel.transformers.functional")
+    vars(module).update(
+        liger_rms_norm=norm,
+        liger_fused_add_rms_norm=add_norm,
+        liger_swiglu=star_kernels.swiglu,
+        liger_fused_linear_cross_entropy=loss,
+    )
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", module)
+    peers_installed._found.cache_clear()
+    for operator in ("rms_norm", "add_rms_norm", "swiglu"):
+        _agrees(operator, "B2 T5 D8")
+    _agrees("linear_cross_entropy", "B2 T9 D8 V11")
+    monkeypatch.undo()
+    peers_installed._found.cache_clear()
+
+
+def _agrees(operator: str, sizes: str) -> None:
+    (peer,) = installed_peers(operator)
+    assert peer.name == "liger"
+    (case,) = cases(operator, sizes)
+    want = call(getattr(star_kernels, operator), case)
+    for got, expected in zip(call(peer.function, case), want, strict=True):
+        torch.testing.assert_close(got, expected)
 
 
 def test_a_package_that_fails_to_import_has_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from bench import suite
 from bench.cases import cases
 from bench.peers import Peer
 from bench.suite import Settings, measure_case
+from star_kernels import dispatch
 
 QUICK = Settings(min_seconds=0.0, min_samples=3)
 
@@ -97,6 +98,33 @@ def test_a_wrong_gradient_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with_peers(monkeypatch, "swiglu", Peer("eager", lambda gate, up: swiglu(gate.detach(), up) + 0 * gate))
     with pytest.raises(AssertionError, match="full: result 0 of eager differs"):
         measure_case(cases("swiglu", "B2 T3 D8")[0], "full", QUICK)
+
+
+def test_another_package_that_computes_something_else_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_peers(monkeypatch, "swiglu", Peer("eager", swiglu))
+    wrong = Peer("other", lambda gate, up: swiglu(gate, up) * 1.1)
+    monkeypatch.setattr(suite, "installed_peers", lambda operator: (wrong,))
+    (absent,) = measure_case(cases("swiglu", "B2 T3 D8")[0], "fwd", QUICK).absent
+    assert absent.provider == "other"
+    assert "result 0 of other differs from ours by" in absent.reason
+
+
+def test_every_backend_that_serves_is_a_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load() -> Callable[..., Tensor]:
+        return lambda gate, up: swiglu(gate, up)
+
+    with_peers(monkeypatch, "swiglu", Peer("eager", swiglu))
+    monkeypatch.setattr(suite, "installed_peers", lambda operator: (Peer("extra", lambda gate, up: gate),))
+    dispatch.declare_backend("extra", device_types=("cpu",))
+    entry = dispatch.register("swiglu", "extra", load, device_types=("cpu",), dtypes=(torch.float32,))
+    try:
+        outcome = measure_case(cases("swiglu", "B2 T3 D8")[0], "fwd", QUICK)
+    finally:
+        dispatch.withdraw("swiglu", entry)
+        dispatch._backends.pop("extra")
+    # The package's kernel, and not the torch code that it brings under its name.
+    assert {"star", "reference", "eager", "extra"} <= {row.provider for row in outcome.rows}
+    assert outcome.absent == []
 
 
 def test_what_cannot_run_is_absent_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:

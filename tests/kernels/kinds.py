@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from star_kernels import _triton
 from tests.kernels.checks import (
     Case,
     Outputs,
@@ -130,6 +131,26 @@ class Kinds:
             for name, gradient in found.items():
                 assert gradient.isfinite().all(), f"gradient of {name}, {axes}"
                 assert_close(gradient, want_found[name], f"gradient of {name}, {axes}", 1e-5)
+
+    @pytest.mark.skipif(not _triton.interpreting(), reason="needs Triton's interpreter")
+    def test_kernels_may_be_started_twice(self, backend: str, variant: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Tuning starts a kernel many times in one call: one that reads what it writes has to say so."""
+        case = self.case(2, 9, variant)
+        leaves = case.leaves(torch.float32)
+        once = self.run(backend, leaves, case.options)
+        once_gradients = gradients(once, leaves)
+        start = _triton._interpret
+
+        def start_twice(*launch: Any) -> None:
+            repeatable: bool = launch[-1]
+            for _ in range(2 if repeatable else 1):
+                start(*launch)
+
+        monkeypatch.setattr(_triton, "_interpret", start_twice)
+        twice = self.run(backend, leaves, case.options)
+        assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+        twice_gradients = gradients(twice, leaves)
+        assert all(torch.equal(once_gradients[name], twice_gradients[name]) for name in leaves)
 
     def test_repeats_bit_equal_and_leaves_inputs_alone(self, backend: str) -> None:
         case = self.case(2, 17, 0)

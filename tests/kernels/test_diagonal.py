@@ -49,6 +49,28 @@ class TestDiagonalScan(RecurrentConformance):
         assert_close(h[:, 5:], torch.full((1, 1021, 2), 1 / (1 - 1e-3)), "h", 1e-6)
         assert torch.equal(final, h[:, -1])
 
+    def test_decays_up_to_two_grow_as_token_by_token(self, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Products of 126 decays of 2, and resets behind them; powers of two are exact in whatever order."""
+        if backend == "triton":  # with the segments of a GPU, in the interpreter too
+            from star_kernels.recurrence.triton import diagonal
+
+            monkeypatch.setattr(diagonal, "_SEGMENTS", 64)
+            monkeypatch.setattr(diagonal, "_TOKENS", 2)
+        decay = torch.full((1, 300, 4), 2.0)
+        decay[:, 130:, 0] = 0.0
+        decay[:, 200:, 1] = 0.5
+        decay[:, 1::2, 2], decay[:, 1::2, 3] = 0.5, -0.5
+        state = torch.tensor([[2.0**-10, 2.0**-100, 1.0, 1.0]])
+        tensors = {"decay": decay, "x": torch.zeros(1, 300, 4), "initial_state": state}
+        h, final = call("diagonal_scan", backend, tensors, {})
+        want = state[:, None].double() * decay.double().cumprod(1)
+        assert torch.equal(h.double(), want)
+        assert torch.equal(final, h[:, -1])
+        leaves = {"decay": decay.requires_grad_(), "x": torch.zeros(1, 300, 4).requires_grad_()}
+        late = call("diagonal_scan", backend, leaves, {})[0][:, 126]
+        pull = gradients((late,), leaves, (torch.ones_like(late),))["x"]
+        assert torch.equal(pull[0, :127, 0], 2.0 ** torch.arange(126, -1, -1))
+
     def test_half_precision_keeps_a_float32_state(self, backend: str) -> None:
         """Adding 1 to 256 is lost in bfloat16: only a float32 state counts to 300."""
         ones = torch.ones(1, 300, 1, dtype=torch.bfloat16)
@@ -134,6 +156,15 @@ def by_steps(backend: str, tensors: dict[str, Tensor], options: dict[str, float]
         h, state = call("rg_lru_step", backend, given, options)
         outputs.append(h)
     return torch.stack(outputs, dim=1), state
+
+
+def take_gpu_sizes(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give Triton's kernels, in the interpreter too, the segments that they have on a GPU."""
+    if backend == "triton":
+        from star_kernels.recurrence.triton import diagonal
+
+        monkeypatch.setattr(diagonal, "_SEGMENTS", 64)
+        monkeypatch.setattr(diagonal, "_TOKENS", 2)
 
 
 X, STATE = torch.zeros(2, 5, 3), torch.zeros(2, 3)

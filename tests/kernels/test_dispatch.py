@@ -69,6 +69,15 @@ class TestRegistry:
         assert second == ["second"]
         assert star_kernels.which("rms_norm", X.double(), WEIGHT) == "second"
 
+    def test_serving_lists_who_can_the_preferred_first(self) -> None:
+        join("first", 11.0, dtypes=(torch.float32,))
+        join("away", 0.0, unavailable="it is away", dtypes=(torch.float32,))
+        join("second", 22.0, dtypes=(torch.float32, torch.float64))
+        assert dispatch.serving("rms_norm", X) == ["first", "second", "reference"]
+        assert dispatch.serving("rms_norm", X.double()) == ["second", "reference"]
+        with pytest.raises(ValueError, match="op 'nothing' does not exist"):
+            dispatch.serving("nothing", X)
+
     def test_requested_backend_is_honoured(self) -> None:
         join("first", 11.0, dtypes=(torch.float32,))
         join("second", 22.0, dtypes=(torch.float32,))

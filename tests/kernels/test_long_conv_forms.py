@@ -126,6 +126,27 @@ def test_nan_moves_forward_only_through_a_transform(backend: str) -> None:
     assert torch.equal(found["filter"][kept], clean_gradients["filter"][kept])
 
 
+def test_nan_is_seen_as_far_as_the_taps_reach(backend: str) -> None:
+    """Few taps: the tokens between two NaNs see neither. A NaN tap is seen by the tokens that it has one for."""
+    tokens = 70
+    tensors = {name: one.float() for name, one in inputs(1, tokens, 2, 3).items()}
+    at = torch.arange(tokens)
+    broken = {name: one.clone() for name, one in tensors.items()}
+    broken["x"][0, [5, 50], 0] = float("nan")
+    y = run(backend, broken)
+    assert torch.equal(y[0, :, 0].isnan(), ((at >= 5) & (at < 8)) | ((at >= 50) & (at < 53)))
+    assert y[0, :, 1].isfinite().all()
+    broken = {name: one.clone() for name, one in tensors.items()}
+    broken["filter"][1, 2] = float("nan")
+    leaves = leaves_of(broken, torch.float32)
+    y = run(backend, leaves)
+    found = gradients((y,), leaves)
+    assert torch.equal(y[0, :, 1].isnan(), at >= 2)
+    assert torch.equal(found["x"][0, :, 1].isnan(), at < tokens - 2)
+    assert y[0, :, 0].isfinite().all()
+    assert found["x"][0, :, 0].isfinite().all()
+
+
 @pytest.mark.parametrize(("batch", "tokens", "channels"), [(5, 200, 20), (7, 40, 33), (1, 300, WIDE)])
 def test_threads_and_batch_change_no_bit(backend: str, batch: int, tokens: int, channels: int) -> None:
     if backend == "reference":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -59,6 +60,52 @@ class TestSelectiveScan(RecurrentConformance):
         found, want_found = gradients(outputs, leaves), gradients(want, want_leaves)
         for name in leaves:
             assert_close(found[name], want_found[name], f"gradient of {name}", 1e-12)
+
+    def test_packed_sequences_longer_than_a_chunk_equal_separate(self, backend: str) -> None:
+        """Of 67, 65 and fewer tokens, none of them at a multiple of a chunk of 64, and empty ones between."""
+        ends = [0, 0, 3, 70, 70, 135]
+        states = self.case(len(ends) - 1, 1, 1).tensors["initial_state"]
+        tensors = self.case(1, ends[-1], 1).tensors | {"initial_state": states}
+        leaves, separate = Case(tensors).leaves(torch.float64), Case(tensors).leaves(torch.float64)
+        options = self.case(1, 1, 1).options
+        outputs = self.run(backend, leaves, {**options, "cu_seqlens": torch.tensor(ends)})
+        parts = []
+        for index, (start, stop) in enumerate(pairwise(ends)):
+            part = {name: one[:, start:stop] if name in self.timed else one for name, one in separate.items()}
+            part["initial_state"] = separate["initial_state"][index : index + 1]
+            parts.append(self.oracle(part, options))
+        want = torch.cat([y for y, _ in parts], dim=1), torch.cat([state for _, state in parts])
+        for index, (got, expected) in enumerate(zip(outputs, want, strict=True)):
+            assert_close(got, expected, f"output {index}")
+        found, want_found = gradients(outputs, leaves), gradients(want, separate)
+        for name in leaves:
+            assert_close(found[name], want_found[name], f"gradient of {name}", 1e-9)
+
+    def test_a_decay_that_overflows_over_a_chunk_does_not_over_a_state(
+        self, backend: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Over 64 tokens the state 1e-30 grows by e^96: to 5e11, though e^96 itself is infinite in float32."""
+        if backend == "triton":  # with the chunks of a GPU, in the interpreter too
+            from star_kernels.recurrence.triton import selective as kernels
+
+            monkeypatch.setattr(kernels, "_SPAN", 64)
+        ones = torch.ones(1, 70, 1)
+        tensors = {"x": 0 * ones, "dt": 1.5 * ones, "A": torch.ones(1, 1), "B": ones[..., None], "C": ones[..., None]}
+        state = torch.full((1, 1, 1), 1e-30)
+        y, final = call("selective_scan", backend, {**tensors, "initial_state": state}, {})
+        want = 1e-30 * (1.5 * torch.arange(1, 71, dtype=torch.float64)).exp()
+        assert ((y.flatten().double() - want) / want).abs().max() < 2e-5
+        assert (final.double() / want[-1] - 1).abs().item() < 2e-5
+
+    def test_rates_of_minus_infinity_reset_the_state(self, backend: str) -> None:
+        """Each token then stands alone, over chunks too."""
+        tensors = {name: one.float() for name, one in self.case(1, 70, 3).tensors.items()}
+        tensors["A"] = torch.full_like(tensors["A"], float("-inf"))
+        tensors["dt"] += 0.01
+        y, final = call("selective_scan", backend, tensors, {})
+        steps = tensors["dt"] * tensors["x"]
+        assert_close(y, steps * (tensors["B"] * tensors["C"]).sum(-1), "y", 1e-6)
+        assert_close(final, steps[:, -1, :, None] * tensors["B"][:, -1], "final state", 1e-6)
 
     def test_channels_read_their_group(self, backend: str) -> None:
         """G = 2 over 4 channels means groups 0, 0, 1, 1."""

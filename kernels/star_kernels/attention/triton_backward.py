@@ -25,6 +25,7 @@ from star_kernels.attention.triton_tiles import (
     key_ranges,
     load,
     locate,
+    multiply,
     num_tiles,
     query_ranges,
     scores,
@@ -61,7 +62,7 @@ def backward_queries(
     scale, MAPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, FLIP: tl.constexpr,
     SINKS: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, PRECISE: tl.constexpr, ACC: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    NATIVE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: dq of a tile of queries of one head, and delta (MAPS, B, H, T); `pull` is what the sink receives."""
     program = tl.program_id(0).to(tl.int64)
@@ -123,22 +124,22 @@ def backward_queries(
             if part == 0:
                 visible = sees(o_i[:, None], (start + o_j)[None, :], num_q, num_k, window, CAUSAL, WINDOW)
             b_v = load(v + far * v_t + p_v, held[None, :], m_e[:, None], part == 0, MASK_E)
-            dp = tl.dot(b_do, b_v, input_precision="ieee")
+            dp = multiply(b_do, b_v, tl.zeros([BLOCK_Q, BLOCK_K], ACC), NATIVE)
             b_k1 = load(k1 + far * k1_t + p_k1, held[:, None], m_d[None, :], part == 0, MASK_D)
             if part == 0:
                 b_k1, _ = finite(b_k1, ACC)
-            s = scores(b_q1, tl.trans(b_k1), bend, CAP, FLIP)
+            s = scores(b_q1, tl.trans(b_k1), bend, CAP, FLIP, NATIVE, ACC)
             p = _weights(s, top1[:, None], inverse1[:, None], visible, factor, part == 0)
             dz = _slopes(p, dp, delta1[:, None], s, visible, part == 0, CAP)
-            acc1 = add_product(acc1, dz, b_k1, PRECISE)
+            acc1 = add_product(acc1, dz, b_k1, PRECISE, NATIVE)
             if MAPS == 2:
                 b_k2 = load(k2 + far * k2_t + p_k2, held[:, None], m_d[None, :], part == 0, MASK_D)
                 if part == 0:
                     b_k2, _ = finite(b_k2, ACC)
-                s = scores(b_q2, tl.trans(b_k2), bend, CAP, FLIP)
+                s = scores(b_q2, tl.trans(b_k2), bend, CAP, FLIP, NATIVE, ACC)
                 p = _weights(s, top2[:, None], inverse2[:, None], visible, factor, part == 0)
                 dz = _slopes(p, dp, delta2[:, None], s, visible, part == 0, CAP)
-                acc2 = add_product(acc2, dz, b_k2, PRECISE)
+                acc2 = add_product(acc2, dz, b_k2, PRECISE, NATIVE)
 
     p_dq = ((b * queries + t) * heads + h)[:, None] * D + o_d[None, :]
     m_dq = m_t[:, None] & m_d[None, :]
@@ -155,7 +156,7 @@ def backward_keys(
     scale, MAPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, FLIP: tl.constexpr,
     PACKED: tl.constexpr, RAGGED: tl.constexpr, PRECISE: tl.constexpr, ACC: tl.constexpr, D: tl.constexpr,
     E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    NATIVE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: dk and dv of a tile of keys of one key head, over its query heads in order. Tiles are transposed."""
     program = tl.program_id(0).to(tl.int64)
@@ -212,15 +213,15 @@ def backward_keys(
                     b_q1, _ = finite(b_q1, ACC)
                 top1 = tl.load(stats + row, mask=held, other=0.0)
                 inverse1 = tl.load(stats + plane + row, mask=held, other=0.0)
-                s = scores(b_k1, tl.trans(b_q1), bend, CAP, FLIP)
+                s = scores(b_k1, tl.trans(b_q1), bend, CAP, FLIP, NATIVE, ACC)
                 p1 = _weights(s, top1[None, :], inverse1[None, :], visible, factor, part == 0)
                 b_do = load(own_do + far * do_t + p_do, held[:, None], m_e[None, :], part == 0, MASK_E)
                 if part == 0:
                     b_do, poison = finite(b_do, ACC)
-                dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
+                dp = multiply(b_v, tl.trans(b_do), tl.zeros([BLOCK_K, BLOCK_Q], ACC), NATIVE)
                 delta1 = tl.load(delta + row, mask=held, other=0.0)
                 dz = _slopes(p1, dp, delta1[None, :], s, visible, part == 0, CAP)
-                acc1 = add_product(acc1, dz, b_q1, PRECISE)
+                acc1 = add_product(acc1, dz, b_q1, PRECISE, NATIVE)
                 weights = p1
                 if MAPS == 2:
                     b_q2 = load(own_q2 + far * q2_t + p_q2, held[:, None], m_d[None, :], part == 0, MASK_D)
@@ -228,15 +229,15 @@ def backward_keys(
                         b_q2, _ = finite(b_q2, ACC)
                     top2 = tl.load(stats + 2 * plane + row, mask=held, other=0.0)
                     inverse2 = tl.load(stats + 3 * plane + row, mask=held, other=0.0)
-                    s = scores(b_k2, tl.trans(b_q2), bend, CAP, FLIP)
+                    s = scores(b_k2, tl.trans(b_q2), bend, CAP, FLIP, NATIVE, ACC)
                     p2 = _weights(s, top2[None, :], inverse2[None, :], visible, factor, part == 0) * share
                     delta2 = tl.load(delta + plane + row, mask=held, other=0.0)
                     dz = _slopes(p2, dp, delta2[None, :], s, visible, part == 0, CAP)
-                    acc2 = add_product(acc2, dz, b_q2, PRECISE)
+                    acc2 = add_product(acc2, dz, b_q2, PRECISE, NATIVE)
                     weights -= p2
                 if part == 0:
                     weights = tl.where(visible, weights + poison[None, :], 0.0)
-                acc_v = add_product(acc_v, weights, b_do, PRECISE)
+                acc_v = add_product(acc_v, weights, b_do, PRECISE, NATIVE)
 
     # Of a ragged cache, what lies past the length is written too: zeros.
     m_out = t < keys if RAGGED else m_j

@@ -28,9 +28,10 @@ from star_kernels.attention.triton_tiles import (
 def _absorb(
     acc, top, total, q, keys_t, values, visible, poison, factor, bend,
     EDGE: tl.constexpr, CAP: tl.constexpr, FLIP: tl.constexpr, PRECISE: tl.constexpr,
+    NATIVE: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """Take one tile of keys and values into a map's running output, maximum and sum."""
-    s = scores(q, keys_t, bend, CAP, FLIP)
+    s = scores(q, keys_t, bend, CAP, FLIP, NATIVE, ACC)
     if EDGE:
         s = tl.where(visible, s, float("-inf"))
     new = tl.maximum(top, tl.max(s, 1))
@@ -41,7 +42,7 @@ def _absorb(
     total = total * keep + tl.sum(p, 1)
     if EDGE:
         p = tl.where(visible, p + poison[None, :], 0.0)
-    return add_product(acc * keep[:, None], p, values, PRECISE), new, total
+    return add_product(acc * keep[:, None], p, values, PRECISE, NATIVE), new, total
 
 
 @triton.jit
@@ -68,7 +69,7 @@ def forward(
     MAPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, FLIP: tl.constexpr,
     SINKS: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, KEEP: tl.constexpr, PRECISE: tl.constexpr,
     ACC: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    NATIVE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """o = softmax(q1 k1) v, or (softmax(q1 k1) - lam softmax(q2 k2)) v with two maps.
 
@@ -128,13 +129,15 @@ def forward(
                 visible = held
                 poison = held
             acc1, top1, total1 = _absorb(
-                acc1, top1, total1, b_q1, b_k1, b_v, visible, poison, factor, bend, part == 0, CAP, FLIP, PRECISE
-            )
+                acc1, top1, total1, b_q1, b_k1, b_v, visible, poison, factor, bend, part == 0, CAP, FLIP, PRECISE,
+                NATIVE, ACC,
+            )  # fmt: skip
             if MAPS == 2:
                 b_k2 = load(k2 + far * k2_t + p_k2, held[None, :], m_d[:, None], part == 0, MASK_D)
                 acc2, top2, total2 = _absorb(
-                    acc2, top2, total2, b_q2, b_k2, b_v, visible, poison, factor, bend, part == 0, CAP, FLIP, PRECISE
-                )
+                    acc2, top2, total2, b_q2, b_k2, b_v, visible, poison, factor, bend, part == 0, CAP, FLIP, PRECISE,
+                    NATIVE, ACC,
+                )  # fmt: skip
 
     sink = 0.0
     if SINKS:

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from star_kernels._operands import wide
-from star_kernels._triton import launch
+from star_kernels._triton import gpu_of, launch
 from star_kernels._triton_math import accumulator, next_power_of_2
 from star_kernels.attention.triton_backward import backward_keys, backward_queries
 from star_kernels.attention.triton_forward import forward
@@ -85,6 +85,7 @@ class Problem:
             "FLIP": self.scale < 0 and not self.softcap,
             "PACKED": self.ends is not None,
             "RAGGED": self.lengths is not None,
+            "NATIVE": gpu_of(self.v).units == "native",
             "ACC": accumulator(self.v),
             "D": width,
             "E": value_width,
@@ -92,31 +93,39 @@ class Problem:
             "BLOCK_E": next_power_of_2(value_width, 16),
         }
 
-    def tiles(self, kind: str) -> dict[str, int]:
+    def tiles(self, kind: str) -> dict[str, Any]:
         """Return the default tile and how it is run; `kind` is "forward", "queries" or "keys"."""
         width = next_power_of_2(max(self.q[0].shape[3], self.v.shape[3]), 16)
-        kinds = _TILES[self.v.element_size(), len(self.q), max(64, min(width, 512))]
-        block_q, block_k, warps, stages = kinds[_KINDS.index(kind)]
+        size, maps, width = self.v.element_size(), len(self.q), max(64, min(width, 512))
+        kinds = _FLOAT32.get((gpu_of(self.v).units, maps, width)) if size == 4 else None
+        block_q, block_k, warps, stages = (kinds or _TILES[size, maps, width])[_KINDS.index(kind)]
         return {"BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
 
 
 # Queries and keys of a tile, warps and stages, forward, for dq, and for dk and dv; by bytes of an element (8 is the
-# interpreter's alone), maps, and the widest of D and E. Products of 16 bits are the tensor cores'; those of float32 are
-# exact and without them, so their operands lie in registers and tiles are small.
+# interpreter's alone), maps, and the widest of D and E. Factors of float32 take more registers than those of 16 bits,
+# in three parts or whole, so their tiles are small. On sm_90 a tile of 64 rows that 8 warps share is held twice.
 _TILES: dict[tuple[int, int, int], tuple[tuple[int, int, int, int], ...]] = {
-    (2, 1, 64): ((128, 32, 8, 2), (128, 32, 8, 2), (16, 64, 4, 2)),
+    (2, 1, 64): ((128, 32, 8, 2), (128, 32, 8, 2), (16, 64, 4, 3)),
     (2, 1, 128): ((64, 32, 4, 2), (64, 32, 4, 2), (16, 64, 8, 2)),
     (2, 1, 256): ((64, 16, 8, 2), (64, 16, 8, 2), (16, 32, 8, 2)),
     (2, 1, 512): ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     (2, 2, 64): ((64, 32, 8, 2), (64, 32, 8, 2), (16, 32, 8, 2)),
-    (2, 2, 128): ((64, 32, 8, 2), (64, 32, 8, 2), (16, 32, 8, 2)),
+    (2, 2, 128): ((128, 16, 8, 2), (64, 32, 8, 2), (16, 32, 8, 2)),
     (2, 2, 256): ((32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
     (2, 2, 512): ((16, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     (4, 1, 64): ((64, 32, 8, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
-    (4, 1, 128): ((32, 32, 8, 1), (16, 32, 8, 1), (16, 16, 8, 1)),
+    (4, 1, 128): ((32, 32, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
     **{(4, 1, width): ((16, 16, 8, 1),) * 3 for width in (256, 512)},
     **{(4, 2, width): ((16, 16, 8, 1),) * 3 for width in (64, 128, 256, 512)},
     **{(8, maps, width): ((64, 64, 4, 1),) * 3 for maps in (1, 2) for width in (64, 128, 256, 512)},
+}
+# Those of float32 that depend on where a product's factors lie: by `Gpu.units`, maps, and the widest of D and E.
+_FLOAT32: dict[tuple[str, int, int], tuple[tuple[int, int, int, int], ...]] = {
+    ("registers", 1, 64): ((64, 16, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    ("registers", 1, 128): ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
+    ("shared", 1, 64): ((64, 16, 4, 1), (64, 16, 4, 1), (16, 64, 8, 1)),
+    ("shared", 1, 128): ((16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
 }
 _KINDS = ("forward", "queries", "keys")
 

@@ -15,10 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from star_kernels._operands import wide
-from star_kernels._triton import launch
+from star_kernels._triton import gpu_of, launch
 from star_kernels._triton_math import accumulator, next_power_of_2
 from star_kernels.attention.triton_forward import finish
-from star_kernels.attention.triton_tiles import load, scores
+from star_kernels.attention.triton_tiles import add_product, load, scores
 
 _PART = 256  # keys of a program: 128 programs for 8 key heads and 4096 keys, about one for each multiprocessor
 _JOINED = 16  # parts that the second kernel takes at once
@@ -30,7 +30,7 @@ def attend_parts(
     keys, window, splits, heads, group, chunks, factor, bend,
     WINDOW: tl.constexpr, CAP: tl.constexpr, FLIP: tl.constexpr, SINKS: tl.constexpr, RAGGED: tl.constexpr,
     ALONE: tl.constexpr, ACC: tl.constexpr, D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
+    BLOCK_E: tl.constexpr, NATIVE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """One program: up to HEADS query heads of a group against one part. `o` gets the output, or the part's sum."""
     program = tl.program_id(0).to(tl.int64)
@@ -66,12 +66,12 @@ def attend_parts(
         m_j = (start + o_j >= lowest) & (start + o_j < stop)
         b_k = load(k + far * k_t + p_k, m_j[None, :], m_d[:, None], True, D != BLOCK_D)
         b_v = load(v + far * v_t + p_v, m_j[:, None], m_e[None, :], True, E != BLOCK_E)
-        s = tl.where(m_j[None, :], scores(b_q, b_k, bend, CAP, FLIP), float("-inf"))
+        s = tl.where(m_j[None, :], scores(b_q, b_k, bend, CAP, FLIP, NATIVE, ACC), float("-inf"))
         new = tl.maximum(top, tl.max(s, 1))
         keep = tl.where(top == float("-inf"), 0.0, tl.exp2((top - new) * factor))
         p = tl.where(m_j[None, :], tl.exp2((s - new[:, None]) * factor), 0.0)
         total = total * keep + tl.sum(p, 1)
-        acc = tl.dot(p.to(b_v.dtype), b_v, acc * keep[:, None], input_precision="ieee")
+        acc = add_product(acc * keep[:, None], p, b_v, False, NATIVE)
         top = new
     row = b * heads + h
     if ALONE:
@@ -160,7 +160,7 @@ def attend_newest(
         *q.stride(), *k.stride(), *v.stride(), sink_stride, 0 if lengths is None else lengths.stride(0), held, window,
         splits, heads, group, chunks, *units, WINDOW=window > 0, CAP=softcap > 0, FLIP=scale < 0 and not softcap,
         RAGGED=lengths is not None, ALONE=alone, D=width, BLOCK_D=next_power_of_2(width, 16), HEADS=own_heads,
-        BLOCK=64 if widest <= 128 else 16, PART=_PART, **shared,
+        NATIVE=gpu_of(q).units == "native", BLOCK=64 if widest <= 128 else 16, PART=_PART, **shared,
     )  # fmt: skip
     if not alone:
         launch(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from star_kernels._triton_math import tanh
+from star_kernels._triton_math import product, tanh
 
 # Launch arguments whose values 1 and 16 n must not make other binaries: they follow the lengths of sequences.
 UNSPECIALISED = ["queries", "keys", "sequences", "blocks", "window", "plane"]
@@ -150,9 +150,18 @@ def tile_start(n, a, b, c, EDGE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def scores(a, b, bend, CAP: tl.constexpr, FLIP: tl.constexpr):
+def multiply(a, b, acc, NATIVE: tl.constexpr):
+    """Return acc + a b. AMD's matrix units take float32 factors as they are; others' take their bfloat16 parts."""
+    if NATIVE:
+        return tl.dot(a, b, acc, input_precision="ieee")
+    else:
+        return product(a, b, acc)
+
+
+@triton.jit
+def scores(a, b, bend, CAP: tl.constexpr, FLIP: tl.constexpr, NATIVE: tl.constexpr, ACC: tl.constexpr):
     """Return the scores of a [M, D] against b [D, N]: products, capped, or with the sign of a negative scale."""
-    s = tl.dot(a, b, input_precision="ieee")
+    s = multiply(a, b, tl.zeros([a.shape[0], b.shape[1]], ACC), NATIVE)
     if CAP:
         s = tanh(s * bend)
     if FLIP:
@@ -161,12 +170,12 @@ def scores(a, b, bend, CAP: tl.constexpr, FLIP: tl.constexpr):
 
 
 @triton.jit
-def add_product(acc, weights, tile, PRECISE: tl.constexpr):
+def add_product(acc, weights, tile, PRECISE: tl.constexpr, NATIVE: tl.constexpr):
     """Return acc + weights tile, with the weights rounded to the tile's dtype, or as two such numbers each."""
     high = weights.to(tile.dtype)
-    acc = tl.dot(high, tile, acc, input_precision="ieee")
+    acc = multiply(high, tile, acc, NATIVE)
     if PRECISE:
-        acc = tl.dot((weights - high.to(weights.dtype)).to(tile.dtype), tile, acc, input_precision="ieee")
+        acc = multiply((weights - high.to(weights.dtype)).to(tile.dtype), tile, acc, NATIVE)
     return acc
 
 

@@ -144,7 +144,7 @@ class _Problem:
             self.ignore_index, self.smoothing, self.smoothing / max(vocabulary, 1), self.softcap or 1.0, factor,
             BIAS=bias is not None, CAP=self.softcap > 0, SMOOTH=self.smoothing > 0, SLOPES=slopes is not None,
             LOSS=losses is not None, GRADIENT=gradient is not None, ACC=accumulator(logits), ROWS=tile, BLOCK=block,
-            num_warps=max(1, min(16, tile * block // 512)),
+            num_warps=max(1, min(16, tile * block // 512)), repeatable=gradient is not logits,
         )  # fmt: skip
 
 

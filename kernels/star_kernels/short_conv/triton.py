@@ -14,18 +14,19 @@ import triton
 from torch import Tensor
 
 from star_kernels._operands import either, given, one_token, sequences_of, strides, wide
-from star_kernels._triton import interpreting, launch, triton_operator
+from star_kernels._triton import gpu_of, interpreting, launch, triton_operator
 from star_kernels._triton_math import accumulator, next_power_of_2
 from star_kernels.short_conv.triton_kernels import conv_backward, conv_forward, conv_step
 
-# Segments of a chunk, and tokens of a segment. At 8 tokens and W = 4, 11 rows are read for 8.
-_SEGMENTS, _TOKENS = (4, 4) if interpreting() else (16, 8)
+# Segments of a chunk, and tokens of a segment. At 8 tokens and W = 4, 11 rows are read for 8. The backward holds more
+# of a token: 4 of them with 8 channels a thread spill on sm_90.
+_FORWARD, _BACKWARD = ((4, 4), (4, 3)) if interpreting() else ((16, 8), (32, 3))
 _STEP_BLOCK = 256
 
 
-def _slots(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
+def _slots(x: Tensor, cu_seqlens: Tensor | None, shape: tuple[int, int]) -> tuple[int, int, int]:
     """Return the chunks of an unpacked sequence, how many sequences there are, and the slots of all."""
-    chunk = _SEGMENTS * _TOKENS
+    chunk = shape[0] * shape[1]
     if cu_seqlens is None:
         chunks = max(1, triton.cdiv(x.shape[1], chunk))
         return chunks, x.shape[0], x.shape[0] * chunks
@@ -33,9 +34,14 @@ def _slots(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
     return 1, sequences, x.shape[1] // chunk + sequences if sequences else 0
 
 
-def _block(x: Tensor, size: int) -> int:
-    """Return a program's channels: `size` bytes for each of 128 threads."""
-    return min(next_power_of_2(x.shape[-1], 16), 128 * size // (x.element_size() * _SEGMENTS))
+def _program(x: Tensor, shape: tuple[int, int]) -> dict[str, Any]:
+    """Return how a program is shared out: 16 bytes of each of a segment's tokens for each of 128 threads."""
+    return {
+        "SEGMENTS": shape[0],
+        "TOKENS": shape[1],
+        "BLOCK": min(next_power_of_2(x.shape[-1], 16), 128 * 16 // (x.element_size() * shape[0])),
+        "num_warps": 2 if gpu_of(x).backend == "hip" else 4,
+    }
 
 
 def _conv(
@@ -50,9 +56,9 @@ def _conv(
 ) -> tuple[Tensor, Tensor]:
     y, final = _fake_conv(x, gate_in, gate_out, weight, bias, silu, state, cu_seqlens)
     width, taps = weight.shape
-    chunks, sequences, slots = _slots(x, cu_seqlens)
-    block = _block(x, 16)
-    blocks = triton.cdiv(width, block)
+    chunks, sequences, slots = _slots(x, cu_seqlens, _FORWARD)
+    program = _program(x, _FORWARD)
+    blocks = triton.cdiv(width, program["BLOCK"])
     launch(
         conv_forward, (slots * blocks,),
         x, either(gate_in, x), either(gate_out, x), weight, either(bias, x), either(state, x),
@@ -60,7 +66,7 @@ def _conv(
         *strides(gate_in, 3), *strides(gate_out, 3), *weight.stride(), *strides(bias, 1), *strides(state, 3),
         *strides(cu_seqlens, 1), GATED=gate_in is not None, SILU=silu, BIAS=bias is not None,
         STATE=state is not None and taps > 1, PACKED=cu_seqlens is not None, WIDTH=taps, ACC=accumulator(x),
-        SEGMENTS=_SEGMENTS, TOKENS=_TOKENS, BLOCK=block,
+        **program,
     )  # fmt: skip
     return y, final
 
@@ -82,9 +88,9 @@ def _conv_gradients(
         dy, dfinal, x, gate_in, gate_out, weight, bias, silu, state, cu_seqlens
     )
     width, taps = weight.shape
-    chunks, sequences, slots = _slots(x, cu_seqlens)
-    block = _block(x, 8)
-    blocks = triton.cdiv(width, block)
+    chunks, sequences, slots = _slots(x, cu_seqlens, _BACKWARD)
+    program = _program(x, _BACKWARD)
+    blocks = triton.cdiv(width, program["BLOCK"])
     sums = torch.empty(slots, taps + 1, width, dtype=wide(x), device=x.device)
     launch(
         conv_backward, (slots * blocks,),
@@ -94,7 +100,7 @@ def _conv_gradients(
         *weight.stride(), *strides(bias, 1), *strides(state, 3), *strides(cu_seqlens, 1),
         GATED=gate_in is not None, SILU=silu, BIAS=bias is not None, STATE=state is not None and taps > 1,
         FINAL=dfinal is not None and taps > 1, PACKED=cu_seqlens is not None, WIDTH=taps, ACC=accumulator(x),
-        SEGMENTS=_SEGMENTS, TOKENS=_TOKENS, BLOCK=block,
+        **program,
     )  # fmt: skip
     total = sums.sum(0)
     dweight.copy_(total[:-1].t())

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from star_kernels._operands import sequences_of
+from star_kernels._triton import gpu_of
 from star_kernels._triton_math import SPLIT, sequence_of
 
 CHUNK = 64
@@ -93,9 +94,9 @@ def halves(level):
 
     Over m = 1, 2, 4 .. 32 these are all pairs i > j of a chunk.
     """
-    token = tl.arange(0, 64)
-    i, j = token[:, None], token[None, :]
-    return (((i ^ j) >> level) == 1) & (i > j)
+    half = tl.arange(0, 64) >> level
+    # One comparison an element, of what a loop over levels cannot keep in registers for all of them.
+    return half[None, :] == tl.where((half & 1) == 1, half - 1, -1)[:, None]
 
 
 @triton.jit
@@ -116,16 +117,22 @@ def ones(mask):
 
 
 @triton.jit
-def crossing(inner, start, end):
-    """Return, at each token t, sum_{i >= t > j} inner_ij + sum_{i >= t} start_i + sum_{j < t} end_j.
+def within(inner):
+    """Return, at each token t, sum_{i >= t > j} inner_ij.
 
-    These are the gradients at log decays. Sums of those terms alone, as a difference of running sums would leave a
-    rounding error that a step size of 3e4 then multiplies.
+    With `passing` these are the gradients at log decays. Sums of those terms alone, as a difference of running sums
+    would leave a rounding error that a step size of 3e4 then multiplies.
     """
+    token = tl.arange(0, inner.shape[0])
+    later = tl.cumsum(tl.where(token[None, :] < token[:, None], inner, 0.0), 0, reverse=True)
+    return tl.sum(tl.where(token[None, :] < token[:, None], later, 0.0), 1)
+
+
+@triton.jit
+def passing(start, end):
+    """Return, at each token t, sum_{i >= t} start_i + sum_{j < t} end_j."""
     token = tl.arange(0, start.shape[0])
-    before = token[None, :] < token[:, None]
-    later = tl.cumsum(tl.where(before, inner, 0.0), 0, reverse=True)
-    return tl.sum(tl.where(before, later + end[None, :], 0.0), 1) + tl.cumsum(start, 0, reverse=True)
+    return tl.sum(tl.where(token[None, :] < token[:, None], end[None, :], 0.0), 1) + tl.cumsum(start, 0, reverse=True)
 
 
 @triton.jit
@@ -147,6 +154,15 @@ def chunk(slot, ends, length, chunks, count, VARLEN: tl.constexpr, CHUNK: tl.con
         return batch, begin + (slot - first) * CHUNK, stop
     else:
         return slot // chunks, (slot % chunks) * CHUNK, slot * 0 + length
+
+
+def factors_in_registers(x: Tensor) -> bool:
+    """Return whether x's GPU multiplies with mma.sync: a product's factors are then in registers, one in every warp.
+
+    The instructions of Hopper and of Blackwell's server GPUs read them from shared memory; AMD's have more registers.
+    """
+    arch = gpu_of(x).arch
+    return isinstance(arch, int) and arch // 10 not in (9, 10)
 
 
 def layout(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:

@@ -3,8 +3,9 @@
 A program runs through a sequence with a block of channels, SEGMENTS times TOKENS tokens at a time. Each of its rows is
 a segment of consecutive tokens in registers: what a segment makes of a state is the pair (product of its decays, its
 own end), an associative scan over the segments gives each one its start, and then it runs token after token. Inputs
-are read once, the sequence is worked on in parallel whatever the batch, and nothing is divided by. The product of
-decays meets no state of 0, so that decays above 1 may overflow in it.
+are read once, the sequence is worked on in parallel whatever the batch, and nothing is divided by. A product of decays,
+over up to 126 tokens, has to stay below 3.4e38 where the state is not 0, as it does for decays up to 2: beyond that a
+small state is infinite too early, and a decay of 0 behind it makes NaN of it.
 """
 
 from __future__ import annotations
@@ -26,21 +27,26 @@ from star_kernels._operands import (
     wide,
     will_differentiate,
 )
-from star_kernels._triton import interpreting, launch, triton_operator
+from star_kernels._triton import gpu_of, interpreting, launch, triton_operator
 from star_kernels._triton_math import accumulator, next_power_of_2
 from star_kernels.recurrence.triton.diagonal_kernels import diagonal_backward, diagonal_forward, diagonal_step
 
-_SEGMENTS, _TOKENS = (4, 4) if interpreting() else (32, 4)
-_BLOCK = 32  # channels of a program: 64 bytes of bfloat16 from each token
-_STEP_BLOCK = 256
+_SEGMENTS, _TOKENS = (4, 4) if interpreting() else (64, 2)
+_BLOCK = 16  # channels of a program: 32 bytes of bfloat16 from each token, what a GPU reads at least
 
 Tensors = tuple[Tensor, ...]
 
 
-def _tile(width: int, most: int = _BLOCK) -> tuple[int, int, int]:
-    """Return a program's channels, how many blocks of them there are, and its warps."""
-    block = min(next_power_of_2(width, 16), most)
-    return block, triton.cdiv(width, block), block // 4
+def _tile(first: Tensor, segments: int, most: int) -> tuple[int, int, int]:
+    """Return a program's channels, how many blocks of them there are, and its warps: 16 bytes of a row to a thread."""
+    width = first.shape[2]
+    block = min(next_power_of_2(width, 8), most)
+    return block, triton.cdiv(width, block), max(1, segments * block * first.element_size() // (16 * _lanes(first)))
+
+
+def _lanes(x: Tensor) -> int:
+    """Return the threads of a warp."""
+    return 64 if gpu_of(x).backend == "hip" else 32
 
 
 def _scan(
@@ -56,7 +62,7 @@ def _scan(
     """Scan (decay, x) or, with the third, (x, recurrence gate, input gate); the states before each span if asked."""
     h, final, kept = _fake_scan(first, second, third, log_lambda, c, state, cu_seqlens, keep)
     length, width = first.shape[1:]
-    block, blocks, warps = _tile(width)
+    block, blocks, warps = _tile(first, _SEGMENTS, _BLOCK)
     launch(
         diagonal_forward, (sequences_of(first, cu_seqlens) * blocks,),
         first, second, either(third, first), either(log_lambda, first),
@@ -86,7 +92,11 @@ def _scan_gradients(
         dh, dfinal, first, second, third, log_lambda, c, state, cu_seqlens, kept
     )
     length, width = first.shape[1:]
-    block, blocks, warps = _tile(width, _BLOCK if third is None else _BLOCK // 2)
+    # The RG-LRU's terms take more registers: half as many elements to a thread.
+    split = 1 if third is None else 2
+    segments, tokens = _SEGMENTS * split, _TOKENS // split
+    most = _BLOCK if third is None or first.element_size() == 2 else _BLOCK // 2
+    block, blocks, warps = _tile(first, segments, most)
     sequences = sequences_of(first, cu_seqlens)
     sums = torch.empty(0 if log_lambda is None else sequences, width, dtype=wide(first), device=first.device)
     launch(
@@ -96,8 +106,7 @@ def _scan_gradients(
         triton.cdiv(length, _SEGMENTS * _TOKENS), width, blocks, *strides(dh, 3), *strides(dfinal, 2),
         *first.stride(), *second.stride(), *strides(third, 3), *strides(log_lambda, 1), *strides(cu_seqlens, 1),
         LRU=third is not None, HIDDEN=dh is not None, FINAL=dfinal is not None, PACKED=cu_seqlens is not None,
-        ACC=accumulator(first), SEGMENTS=_SEGMENTS, TOKENS=_TOKENS, BLOCK=block,
-        num_warps=warps if third is None else 2 * warps,
+        ACC=accumulator(first), SEGMENTS=segments, TOKENS=tokens, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     if log_lambda is not None:
         dlambda.copy_(sums.sum(0))
@@ -109,13 +118,14 @@ def _one_step(
 ) -> tuple[Tensor, Tensor]:
     h, new = _fake_step(state, first, second, third, log_lambda, c)
     width = first.shape[1]
-    block = min(next_power_of_2(width, 16), _STEP_BLOCK)
+    block = 8 * _lanes(first)  # 16 bytes to a thread: of bfloat16 in one warp, of float32 in two
     blocks = triton.cdiv(width, block)
     launch(
         diagonal_step, (first.shape[0] * blocks,),
         state, first, second, either(third, first), either(log_lambda, first), h, new, c,
         width, blocks, *state.stride(), *first.stride(), *second.stride(), *strides(third, 2),
-        *strides(log_lambda, 1), LRU=third is not None, ACC=accumulator(first), BLOCK=block, num_warps=2,
+        *strides(log_lambda, 1), LRU=third is not None, ACC=accumulator(first), BLOCK=block,
+        num_warps=first.element_size() // 2,
     )  # fmt: skip
     return h, new
 

@@ -1,9 +1,15 @@
-"""The selective scan in Triton: one kernel forward, one backward, one for a step.
+"""The selective scan in Triton: in parallel over chunks of tokens, whatever the batch, so that no row's bits change.
 
-A program is one warp with a tile of states, channels by state size, in registers; it runs through a sequence token
-after token, and loads some tokens ahead. The forward keeps the states before every 64th token; the backward takes
-those chunks from the last to the first, runs through each again and leaves the state before every second token in a
-buffer that the cache holds, then takes two tokens at a time in registers.
+Forward: each chunk's end from no state, and the sum of its step sizes, which is all that its decays come to; a scan
+over chunks, which leaves each one's start; the outputs. Backward the same from the end. A program of these is a warp
+with a tile of states, channels by state size, in registers: it runs through a chunk token after token, and loads two
+tokens at once. The last kernel backward runs through a chunk from its start again, leaves the state before every second
+token in a buffer, then takes two tokens at a time from the end. Up to one chunk, the last kernels serve alone.
+
+One pass over all tokens would start width / 64 warps for a row, where an H100 takes thousands, but read less: for 64
+tokens of a channel with 16 states in bfloat16, 512 bytes against 1,024 here (x and dt a second time: 256; states
+written, turned into starts and read: 256). And it would take half the exponentials, which bind by count: of 32 here an
+H100's multiprocessor does 16 a clock, in which it reads 14 bytes. A choice between the two could not know the batch.
 """
 
 from __future__ import annotations
@@ -25,15 +31,27 @@ from star_kernels._operands import (
     wide,
     will_differentiate,
 )
-from star_kernels._triton import interpreting, launch, triton_operator
+from star_kernels._triton import gpu_of, interpreting, launch, triton_operator
 from star_kernels._triton_math import accumulator, next_power_of_2
-from star_kernels.recurrence.triton.chunks import CHUNK, layout
-from star_kernels.recurrence.triton.selective_kernels import selective_backward, selective_forward, selective_step
+from star_kernels.recurrence.triton.selective_gradient_kernels import selective_backward, selective_pulls
+from star_kernels.recurrence.triton.selective_kernels import (
+    selective_carry,
+    selective_ends,
+    selective_forward,
+    selective_step,
+)
 
-_AHEAD = 4 if interpreting() else 8  # tokens that the forward loads at once
-_GROUP = 4 if interpreting() else 2  # tokens that the backward holds at once; four spill
-_STATES = 512  # states of a program forward: 16 for each thread
-_STATES_BACKWARD = 256  # twice as many spill
+_SPAN = 8 if interpreting() else 64  # tokens of a chunk
+_CARRY_AHEAD = 2 if interpreting() else 8  # chunks that the scan over chunks loads at once
+_CARRY_BLOCK = 64  # channels of its programs
+_GROUP = 2  # tokens that the backward holds at once; four spill
+_STATES = 1024  # states of a program forward: 32 for each thread
+_STATES_BACKWARD = 256  # states of a warp backward; twice as many spill
+_STATES_STEP = 256  # fewer: a step starts few programs
+
+# The backward's buffer is a program's own, and so their number is bounded: 8 for each of a B200's 148 multiprocessors,
+# which is what 255 registers a thread let one hold, or of an MI300X's 304. Which program takes an item changes no bit.
+_PROGRAMS = {"cuda": 8 * 148, "hip": 8 * 304}
 
 Tensors = tuple[Tensor, ...]
 
@@ -45,6 +63,58 @@ def _tile(A: Tensor, B: Tensor, states: int) -> tuple[int, int, int, int]:
     per_group = width // B.shape[-2]
     block = min(next_power_of_2(per_group, 2), max(2, states // block_n))
     return block, block_n, per_group, triton.cdiv(per_group, block)
+
+
+def _warps(A: Tensor) -> int:
+    """Return the warps of a program backward: one for every 16 states of a channel, 8 at most."""
+    return max(1, min(next_power_of_2(A.shape[1]), 128) // 16)
+
+
+def _ahead(A: Tensor) -> int:
+    """Return the tokens that a program forward loads at once: more spill."""
+    return 2 if A.shape[1] <= 32 else 1
+
+
+def _slots(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:
+    """Return how many sequences there are, the chunks of an unpacked one, and the slots of all.
+
+    An empty sequence has a chunk too: its state has to pass.
+    """
+    chunks = max(1, (x.shape[1] + _SPAN - 1) // _SPAN)
+    sequences = sequences_of(x, cu_seqlens)
+    if cu_seqlens is None:
+        return sequences, chunks, sequences * chunks
+    return sequences, chunks, x.shape[1] // _SPAN + sequences if sequences else 0
+
+
+def _half(width: int) -> int:
+    """Return half the length of a row of channels in a chunk's states: odd."""
+    return (width + 1) // 2 | 1
+
+
+def _rows(A: Tensor, x: Tensor) -> Tensor:
+    """Return A as the states of a chunk lie, (states, channels)."""
+    rows = torch.empty((A.shape[1], 2 * _half(A.shape[0])), dtype=wide(x), device=x.device)
+    rows[:, : A.shape[0]] = A.T
+    return rows
+
+
+def _carry(
+    first: Tensor | None, x: Tensor, rows: Tensor, width: int, ends: Tensor | None, states: Tensor, sums: Tensor,
+    last: Tensor, backward: bool,
+) -> None:  # fmt: skip
+    """Turn what chunks end with alone into what they begin with, in place, from `first` to `last`."""
+    sequences, chunks, _ = _slots(x, ends)
+    size = rows.shape[0]
+    block = min(next_power_of_2(width, 32), _CARRY_BLOCK)
+    blocks = triton.cdiv(width, block)
+    launch(
+        selective_carry, (sequences * size * blocks,),
+        either(first, x), rows, either(ends, x), states, sums, last, x.shape[1], chunks, width, size, _half(width),
+        blocks, *strides(first, 3), FIRST=first is not None, VARLEN=ends is not None, REVERSED=backward,
+        ACC=accumulator(x), SPAN=_SPAN, AHEAD=_CARRY_AHEAD, BLOCK=block, num_warps=1,
+        repeatable=False,
+    )  # fmt: skip
 
 
 def _scan(
@@ -62,19 +132,32 @@ def _scan(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, final, kept = _fake_scan(x, dt, A, B, C, D, z, bias, dt_softplus, state, cu_seqlens, keep)
-    sequences, chunks, _ = layout(x, cu_seqlens)
+    sequences, chunks, slots = _slots(x, cu_seqlens)
     width, size = A.shape
     block, block_n, per_group, parts = _tile(A, B, _STATES)
-    blocks = parts * B.shape[2]
+    blocks, half, carried = parts * B.shape[2], _half(width), x.shape[1] > _SPAN
+    rows = _rows(A, x)
     ends = None if cu_seqlens is None else cu_seqlens.contiguous()
+    shape = x.shape[1], chunks, sequences, width, size, half, per_group, parts, blocks
+    both = {"SOFTPLUS": dt_softplus, "BIAS": bias is not None, "VARLEN": ends is not None, "ACC": accumulator(x)}
+    tile: dict[str, Any] = {"SPAN": _SPAN, "AHEAD": _ahead(A), "BLOCK": block, "BLOCK_N": block_n, "num_warps": 1}
+    states = kept
+    if carried:
+        if not keep:
+            states = kept.new_empty(slots * size * 2 * half)
+        sums = kept.new_empty(slots * width)
+        launch(
+            selective_ends, (slots * blocks,),
+            x, dt, rows, B, either(bias, x), either(ends, x), states, sums, *shape, *x.stride(), *dt.stride(),
+            *B.stride(), *strides(bias, 1), **both, **tile,
+        )  # fmt: skip
+        _carry(state, x, rows, width, ends, states, sums, final, False)
     launch(
-        selective_forward, (sequences * blocks,),
-        x, dt, A, B, C, either(D, x), either(z, x), either(bias, x), either(state, x),
-        either(ends, x), y, final, kept, x.shape[1], chunks, width, size, per_group, parts, blocks, *x.stride(),
-        *dt.stride(), *A.stride(), *B.stride(), *C.stride(), *strides(D, 1), *strides(z, 3), *strides(bias, 1),
-        *strides(state, 3), SOFTPLUS=dt_softplus, SKIP=D is not None, GATED=z is not None, BIAS=bias is not None,
-        STATE=state is not None, KEEP=keep, VARLEN=ends is not None, ACC=accumulator(x), PADDED=block_n != size,
-        SPAN=CHUNK, AHEAD=_AHEAD, BLOCK=block, BLOCK_N=block_n, num_warps=1,
+        selective_forward, (slots * blocks,),
+        x, dt, rows, B, C, either(D, x), either(z, x), either(bias, x), either(state, x),
+        either(ends, x), y, final, states, *shape, *x.stride(), *dt.stride(), *B.stride(), *C.stride(),
+        *strides(D, 1), *strides(z, 3), *strides(bias, 1), *strides(state, 3), **both, SKIP=D is not None,
+        GATED=z is not None, STATE=state is not None, KEEP=keep, CARRIED=carried, PADDED=block_n != size, **tile,
     )  # fmt: skip
     return y, final, kept
 
@@ -99,32 +182,54 @@ def _scan_gradients(
     dx, ddt, dA, dB, dC, dD, dz, dbias, dstate = gradients = _fake_gradients(
         dy, dfinal, x, dt, A, B, C, D, z, bias, dt_softplus, state, cu_seqlens, kept
     )
-    sequences, chunks, _ = layout(x, cu_seqlens)
+    sequences, chunks, slots = _slots(x, cu_seqlens)
     width, size = A.shape
-    block, block_n, per_group, parts = _tile(A, B, _STATES_BACKWARD)
-    blocks = parts * B.shape[2]
+    half, carried = _half(width), x.shape[1] > _SPAN
+    rows = _rows(A, x)
     ends = None if cu_seqlens is None else cu_seqlens.contiguous()
+    both = {
+        "SOFTPLUS": dt_softplus, "BIAS": bias is not None, "VARLEN": ends is not None, "ACC": accumulator(x),
+        "GATED": z is not None, "OUTPUT": dy is not None, "SPAN": _SPAN,
+    }  # fmt: skip
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=wide(x), device=x.device)
 
-    buffer = empty(sequences * blocks * (CHUNK // _GROUP) * block * block_n)
-    sums_A, sums_D, sums_bias = empty(sequences, width, size), empty(sequences, width), empty(sequences, width)
-    sums_B, sums_C = empty(parts, *B.shape), empty(parts, *B.shape)
+    sums_A = empty(slots, size, 2 * half)
+    pulls = torch.empty_like(sums_A) if carried else sums_A
     into_state = empty(sequences, width, size) if state is None else dstate
+    if carried:
+        block, block_n, per_group, parts = _tile(A, B, _STATES)
+        blocks = parts * B.shape[2]
+        sums = empty(slots, width)
+        launch(
+            selective_pulls, (slots * blocks,),
+            either(dy, x), dt, rows, C, either(z, x), either(bias, x), either(ends, x), pulls, sums, x.shape[1], chunks,
+            sequences, width, size, half, per_group, parts, blocks, *strides(dy, 3), *dt.stride(),
+            *C.stride(), *strides(z, 3), *strides(bias, 1), **both, AHEAD=_ahead(A), BLOCK=block, BLOCK_N=block_n,
+            num_warps=1,
+        )  # fmt: skip
+        _carry(dfinal, x, rows, width, ends, pulls, sums, into_state, True)
+    warps = _warps(A)
+    block, block_n, per_group, parts = _tile(A, B, _STATES_BACKWARD * warps)
+    blocks = parts * B.shape[2]
+    items = slots * blocks
+    programs = min(items, 3 if interpreting() else _PROGRAMS[gpu_of(x).backend] // warps)
+    buffer = empty(programs * (_SPAN // _GROUP) * (block + 2) * block_n)
+    sums_D, sums_bias = empty(slots, width), empty(slots, width)
+    sums_B, sums_C = empty(parts, *B.shape), empty(parts, *B.shape)
     launch(
-        selective_backward, (sequences * blocks,),
-        either(dy, x), either(dfinal, x), x, dt, A, B, C, either(D, x), either(z, x),
-        either(bias, x), either(ends, x), kept, buffer, dx, ddt, sums_A, sums_B, sums_C, sums_D, dz, sums_bias,
-        into_state, x.shape[1], chunks, width, size, per_group, parts, blocks, x.shape[0] * x.shape[1], *strides(dy, 3),
-        *strides(dfinal, 3), *x.stride(), *dt.stride(), *A.stride(), *B.stride(), *C.stride(), *strides(D, 1),
-        *strides(z, 3), *strides(bias, 1), SOFTPLUS=dt_softplus, SKIP=D is not None, GATED=z is not None,
-        BIAS=bias is not None, OUTPUT=dy is not None, FINAL=dfinal is not None, VARLEN=ends is not None,
-        ACC=accumulator(x), PADDED=block_n != size, SPAN=CHUNK, GROUP=_GROUP, BLOCK=block, BLOCK_N=block_n,
-        num_warps=1,
+        selective_backward, (programs,),
+        either(dy, x), either(dfinal, x), x, dt, rows, B, C, either(D, x), either(z, x),
+        either(bias, x), either(ends, x), kept, pulls, buffer, dx, ddt, sums_A, sums_B, sums_C, sums_D, dz, sums_bias,
+        into_state, x.shape[1], chunks, sequences, width, size, half, per_group, parts, blocks, items,
+        x.shape[0] * x.shape[1], *strides(dy, 3), *strides(dfinal, 3), *x.stride(), *dt.stride(),
+        *B.stride(), *C.stride(), *strides(D, 1), *strides(z, 3), *strides(bias, 1), **both, SKIP=D is not None,
+        FINAL=dfinal is not None, CARRIED=carried, PADDED=block_n != size, GROUP=_GROUP, BLOCK=block, BLOCK_N=block_n,
+        num_warps=warps,
     )  # fmt: skip
-    summed = ((dA, sums_A), (dB, sums_B), (dC, sums_C), (dD, sums_D), (dbias, sums_bias))
-    for gradient, sums in summed:
+    dA.copy_(sums_A[:, :, :width].sum(0).T)
+    for gradient, sums in ((dB, sums_B), (dC, sums_C), (dD, sums_D), (dbias, sums_bias)):
         if gradient.shape == sums.shape[1:]:
             gradient.copy_(sums.sum(0))
     return gradients
@@ -144,7 +249,7 @@ def _one_step(
 ) -> tuple[Tensor, Tensor]:
     y, new = _fake_step(state, x, dt, A, B, C, D, z, bias, dt_softplus)
     width, size = A.shape
-    block, block_n, per_group, parts = _tile(A, B, _STATES)
+    block, block_n, per_group, parts = _tile(A, B, _STATES_STEP)
     blocks = parts * B.shape[1]
     launch(
         selective_step, (x.shape[0] * blocks,),
@@ -171,11 +276,9 @@ def _fake_scan(
     cu_seqlens: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    sequences = sequences_of(x, cu_seqlens)
-    chunks = (x.shape[1] + CHUNK - 1) // CHUNK
-    slots = x.shape[0] * chunks if cu_seqlens is None else chunks + sequences
+    sequences, _, slots = _slots(x, cu_seqlens)
     # One axis for all: with an axis of slots, torch.compile would guard on there being more than one.
-    kept = slots * A.shape[0] * A.shape[1] if keep else 0
+    kept = slots * A.shape[1] * 2 * _half(A.shape[0]) if keep else 0
     final = torch.empty((sequences, *A.shape), dtype=wide(x), device=x.device)
     return like(x), final, torch.empty(kept, dtype=wide(x), device=x.device)
 
@@ -237,9 +340,10 @@ def _save_step(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:
 def _step_gradient(ctx: Any, dy: Tensor | None, dnew: Tensor | None) -> tuple[Tensor | None, ...]:
     """Differentiate a step as a sequence of one token; the state is the one kept before it."""
     state, x, dt, A, B, C, D, z, bias = ctx.saved_tensors
-    kept = state.to(wide(x)).contiguous().view(-1)
+    kept = torch.empty((*state.shape[::2], 2 * _half(state.shape[1])), dtype=wide(x), device=x.device)
+    kept[:, :, : state.shape[1]] = state.transpose(1, 2)
     timed = (one_token(x), one_token(dt), A, one_token(B), one_token(C), D, one_token(z), bias)
-    found = _backward_operator(one_token(dy), dnew, *timed, ctx.dt_softplus, state, None, kept)
+    found = _backward_operator(one_token(dy), dnew, *timed, ctx.dt_softplus, state, None, kept.view(-1))
     dx, ddt, dA, dB, dC, dD, dz, dbias, dstate = map(given, (*timed, state), found)
     dx, ddt, dB, dC, dz = (None if one is None else one.squeeze(1) for one in (dx, ddt, dB, dC, dz))
     return dstate, dx, ddt, dA, dB, dC, dD, dz, dbias, None

@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from star_kernels._operands import like, like_or_none, score_factor, strides, wide
-from star_kernels._triton import launch
+from star_kernels._triton import gpu_of, launch
 from star_kernels._triton_math import accumulator, next_power_of_2
 from star_kernels.recurrence.triton import chunks as chunked
 from star_kernels.recurrence.triton.chunks import CHUNK
@@ -28,17 +28,56 @@ from star_kernels.recurrence.triton.delta_rule_gradient_kernels import delta_gra
 from star_kernels.recurrence.triton.delta_rule_kernels import delta_outputs, delta_prepare, delta_states, delta_step
 from star_kernels.recurrence.triton.memory import memory_operators
 
-_STATE = 2048  # elements of a state that one program of a walk holds
-_STEP_TILE = 2048
+_STEP_TILE = 2048  # elements of a state that one program of a step holds
+
+# What a kernel's program holds at once and how it runs, in 16 bits and in float32, by the GPU's matrix instruction:
+# channels of keys, channels of values, warps, stages. For the walk over chunks, which holds all keys, the first is the
+# state's elements. More, and registers go to memory; mma.sync has its factors in registers too, and so the least.
+_Run = tuple[int, int, int, int]
+_RUNS: dict[Any, dict[str, tuple[_Run, _Run]]] = {
+    delta_prepare: {
+        "mma.sync": ((32, 32, 4, 1), (16, 16, 4, 1)), "wgmma": ((64, 64, 4, 2), (32, 32, 4, 1)),
+        "tcgen05": ((64, 64, 8, 2), (64, 64, 8, 2)), "mfma": ((64, 64, 4, 2), (64, 64, 4, 2)),
+    },
+    delta_states: {
+        "mma.sync": ((2048, 64, 4, 2), (1024, 64, 8, 1)), "wgmma": ((2048, 64, 4, 2), (1024, 64, 4, 2)),
+        "tcgen05": ((2048, 64, 8, 2), (2048, 64, 8, 2)), "mfma": ((2048, 64, 4, 2), (2048, 64, 4, 2)),
+    },
+    delta_outputs: {
+        "mma.sync": ((32, 32, 4, 2), (32, 32, 4, 2)), "wgmma": ((32, 64, 4, 2), (32, 32, 4, 2)),
+        "tcgen05": ((32, 64, 4, 2), (32, 64, 4, 2)), "mfma": ((32, 64, 4, 2), (32, 64, 4, 2)),
+    },
+    delta_pairs: {
+        "mma.sync": ((32, 16, 8, 2), (16, 16, 8, 3)), "wgmma": ((32, 32, 4, 2), (32, 16, 8, 2)),
+        "tcgen05": ((32, 32, 4, 2), (32, 32, 4, 2)), "mfma": ((32, 32, 4, 2), (32, 32, 4, 2)),
+    },
+    delta_gradients: {
+        "mma.sync": ((32, 32, 8, 2), (32, 32, 8, 2)), "wgmma": ((64, 32, 8, 2), (32, 32, 8, 2)),
+        "tcgen05": ((64, 32, 8, 2), (64, 32, 8, 2)), "mfma": ((64, 32, 8, 2), (64, 32, 8, 2)),
+    },
+}  # fmt: skip
 
 
-def _options(q: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None, most: tuple[int, int]) -> dict[str, Any]:
-    """Return a kernel's constants; it holds at most so many channels of keys and of values at once."""
+def _options(kernel: Any, q: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None) -> dict[str, Any]:
+    """Return a kernel's constants, warps and stages."""
+    block_k, block_v, warps, stages = _RUNS[kernel][_instruction(q)][q.dtype.itemsize > 2]
+    all_keys = next_power_of_2(q.shape[3], 16)
+    if kernel is delta_states:
+        block_k, block_v = all_keys, min(block_v, max(16, block_k // all_keys))
     return {
         "VARLEN": cu_seqlens is not None, "SCALE": scale, "ACC": accumulator(q), "CHUNK": CHUNK,
-        "BLOCK_K": min(most[0], next_power_of_2(q.shape[3], 16)),
-        "BLOCK_V": min(most[1], next_power_of_2(v.shape[3], 16)),
+        "BLOCK_K": min(block_k, all_keys), "BLOCK_V": min(block_v, next_power_of_2(v.shape[3], 16)),
+        "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
+
+
+def _instruction(x: Tensor) -> str:
+    gpu = gpu_of(x)
+    if gpu.backend == "hip":
+        return "mfma"
+    if chunked.factors_in_registers(x):
+        return "mma.sync"
+    return "wgmma" if isinstance(gpu.arch, int) and gpu.arch < 100 else "tcgen05"
 
 
 def _walks(
@@ -60,10 +99,9 @@ def _walks(
     launch(
         delta_prepare, (slots * heads, grid_rows), q, k, v, logs, beta, do, ends, inverses, turned, weights, own,
         pulled, length, chunks, count, heads, keys, values, *q.stride(), *k.stride(), *v.stride(), *logs.stride(),
-        *beta.stride(), *strides(do, 4), **_options(q, v, scale, ends, (64, 64)),
+        *beta.stride(), *strides(do, 4), **_options(delta_prepare, q, v, scale, ends),
     )  # fmt: skip
-    block_k = next_power_of_2(keys, 16)
-    options = _options(q, v, scale, ends, (block_k, min(64, max(16, _STATE // block_k))))
+    options = _options(delta_states, q, v, scale, ends)
     blocks_v = triton.cdiv(values, options["BLOCK_V"])
     launch(
         delta_states, (count * heads * blocks_v, grid_rows), q, k, logs, do, ends, weights, turned, first, dlast,
@@ -85,7 +123,7 @@ def _delta(
     out = like(v)
     final = torch.empty(count, heads, keys, values, dtype=wide(q), device=q.device)
     walked = _walks(q, k, v, log_decay, beta, scale, initial_state, cu_seqlens, final)
-    options = _options(q, v, scale, cu_seqlens, (32, 64))
+    options = _options(delta_outputs, q, v, scale, cu_seqlens)
     blocks_v = triton.cdiv(values, options["BLOCK_V"])
     launch(
         delta_outputs, (slots * heads * blocks_v,), q, k, log_decay, cu_seqlens, walked["starts"], walked["written"],
@@ -116,9 +154,9 @@ def _delta_gradients(
     launch(
         delta_pairs, (slots * heads,), do, q, k, v, log_decay, beta, cu_seqlens, inverses, written, dwritten, dwanted,
         squares, pair_dlogs, pair_dbeta, dv, length, chunks, count, heads, keys, values, *do.stride(), *q.stride(),
-        *k.stride(), *v.stride(), *log_decay.stride(), *beta.stride(), **_options(q, v, scale, cu_seqlens, (32, 32)),
+        *k.stride(), *v.stride(), *log_decay.stride(), *beta.stride(), **_options(delta_pairs, q, v, scale, cu_seqlens),
     )  # fmt: skip
-    options = _options(q, v, scale, cu_seqlens, (64, 32))
+    options = _options(delta_gradients, q, v, scale, cu_seqlens)
     blocks_k = max(1, triton.cdiv(keys, options["BLOCK_K"]))
     gates = [dlogs, dbeta]
     if blocks_k > 1:
@@ -127,7 +165,7 @@ def _delta_gradients(
         delta_gradients, (slots * heads * blocks_k,), do, q, k, log_decay, beta, cu_seqlens, starts, dends, written,
         dwanted, squares, pair_dlogs, pair_dbeta, dq, dk, *gates, q.shape[0] * length, length, chunks, count, heads,
         keys, values, blocks_k, *do.stride(), *q.stride(), *k.stride(), *log_decay.stride(), *beta.stride(),
-        num_warps=8, **options,
+        **options,
     )  # fmt: skip
     if blocks_k > 1:
         dlogs, dbeta = (parts.sum(0).to(one.dtype) for parts, one in zip(gates, (dlogs, dbeta), strict=True))

@@ -23,10 +23,19 @@ from star_kernels.recurrence.triton.chunks import (
 
 
 @triton.jit
+def _along(column, step):
+    """Return columns' offsets, in 64 bits unless they lie side by side."""
+    if isinstance(step, tl.constexpr):
+        return column
+    else:
+        return column.to(tl.int64) * step
+
+
+@triton.jit
 def rows(x, token, column, stop, columns, token_step, column_step):
     """Load a tile (tokens, columns) of one head. Tokens are compared as they are, and multiplied in 64 bits."""
     inside = (token < stop)[:, None] & (column < columns)[None, :]
-    where = token.to(tl.int64)[:, None] * token_step + column[None, :] * column_step
+    where = token.to(tl.int64)[:, None] * token_step + _along(column, column_step)[None, :]
     return tl.load(x + where, mask=inside, other=0.0)
 
 
@@ -39,7 +48,7 @@ def turned_rows(x, token, column, stop, columns, token_step, column_step):
     """
     if x.dtype.element_ty == tl.float32:
         inside = (column < columns)[:, None] & (token < stop)[None, :]
-        where = token.to(tl.int64)[None, :] * token_step + column[:, None] * column_step
+        where = token.to(tl.int64)[None, :] * token_step + _along(column, column_step)[:, None]
         return tl.load(x + where, mask=inside, other=0.0)
     else:
         return tl.trans(rows(x, token, column, stop, columns, token_step, column_step))

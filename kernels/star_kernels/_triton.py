@@ -79,11 +79,17 @@ class Gpu:
     shared_bytes: int
 
     @property
-    def units(self) -> str:
-        """Where matrix units take a product's factors from: "registers", "shared" memory; "native" if float32 too."""
+    def matrix(self) -> str:
+        """The matrix instruction Triton compiles a product to: "mma.sync", "wgmma", "tcgen05", or AMD's "mfma"."""
         if self.backend == "hip":
-            return "native"
-        return "shared" if 90 <= int(self.arch) < 120 else "registers"
+            return "mfma"
+        # Consumer cards of Blackwell's generation, 120 and 121, have Ampere's.
+        return {9: "wgmma", 10: "tcgen05", 11: "tcgen05"}.get(int(self.arch) // 10, "mma.sync")
+
+    @property
+    def units(self) -> str:
+        """Where that takes a product's factors from: "registers", "shared" memory; "native" if float32 is one too."""
+        return {"mma.sync": "registers", "mfma": "native"}.get(self.matrix, "shared")
 
 
 # What tensors of the interpreter and of a recording for no GPU in particular stand for.

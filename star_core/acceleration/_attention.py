@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from star_core.acceleration._rules import Arguments, Forward, Offer, Rule, class_name, goes_to_original, lacks, original
+from star_core.acceleration._rules import Arguments, Forward, Offer, Rule, class_name, lacks, or_original, original
 from star_kernels import attention, attention_step, differential_attention, rms_norm, rotary
 
 # What the attention that is replaced here reads and calls: an original that does more is another one.
@@ -41,6 +41,7 @@ def attention_forward(gated: bool, windowed: bool) -> Forward:
         windowed: Whether the original names its window to what attends.
     """
 
+    @or_original
     def forward(
         self: Any,
         hidden_states: Tensor,
@@ -51,16 +52,8 @@ def attention_forward(gated: bool, windowed: bool) -> Forward:
     ) -> tuple[Tensor, Tensor | None]:
         positions = kwargs.get("position_ids")
         rotates = position_embeddings is not None or hasattr(self, "rotary_emb")
-        if positions is None or not rotates or goes_to_original(kwargs):
-            output: tuple[Tensor, Tensor | None] = original(
-                self,
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                cache=cache,
-                **kwargs,
-            )
-            return output
+        if positions is None or not rotates:
+            return _original(self, hidden_states, position_embeddings, attention_mask, cache, kwargs)
         q, k, v = _heads(self, hidden_states)
         # Heads of queries and of the gate alternate.
         q, gate = q.reshape(*q.shape[:2], -1, 2, self.head_dim).unbind(-2) if gated else (q, None)
@@ -96,6 +89,7 @@ def _attend(
     return o, weights
 
 
+@or_original
 def differential_forward(
     self: Any,
     hidden_states: Tensor,
@@ -109,16 +103,8 @@ def differential_forward(
     held = 0 if cache is None else cache.get_seq_length(self.layer_idx)
     alone = attention_mask is None and self.config._attn_implementation == "sdpa"
     alone = alone and (held == 0 or hidden_states.shape[1] == 1) and not _needs_torch(kwargs)
-    if positions is None or position_embeddings is None or not alone or goes_to_original(kwargs):
-        output: tuple[Tensor, Tensor | None] = original(
-            self,
-            hidden_states,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            cache=cache,
-            **kwargs,
-        )
-        return output
+    if positions is None or position_embeddings is None or not alone:
+        return _original(self, hidden_states, position_embeddings, attention_mask, cache, kwargs)
     q, k, v = _heads(self, hidden_states)
     keys, values = _extended(self, _rotate(self, k, positions), v, cache, kwargs)
     q1, q2 = _rotate(self, q, positions).chunk(2, dim=2)
@@ -130,6 +116,20 @@ def differential_forward(
     factor = o.new_full(o.shape[-1:], 1 - self.lambda_init, dtype=torch.float32)
     o = rms_norm(o, factor, eps=self.groupnorm.eps)
     return self.o_proj(o.reshape(*hidden_states.shape[:-1], -1)), None
+
+
+def _original(
+    self: Any,
+    hidden_states: Tensor,
+    embeddings: tuple[Tensor, Tensor] | None,
+    mask: Tensor | None,
+    cache: Any,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, Tensor | None]:
+    output: tuple[Tensor, Tensor | None] = original(
+        self, hidden_states, position_embeddings=embeddings, attention_mask=mask, cache=cache, **kwargs
+    )
+    return output
 
 
 def _heads(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

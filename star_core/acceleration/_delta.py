@@ -15,12 +15,12 @@ from star_core.acceleration._rules import (
     Rule,
     class_name,
     defines,
-    goes_to_original,
     lacks,
-    original,
+    or_original,
 )
-from star_core.acceleration._states import SERVED_ACTIVATIONS, convolve, masked, recurrent_state
-from star_kernels import gated_delta_rule, gated_delta_rule_step, rms_norm
+from star_core.acceleration._states import convolve, masked, recurrent_state, unserved_activation
+from star_core.layers._state import unit_heads
+from star_kernels import gated_delta_rule, gated_delta_rule_step
 
 _CLASSES = ("Qwen3NextGatedDeltaNet", "Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet")
 
@@ -28,19 +28,19 @@ _EPSILON = 1e-6
 """Added to the sum of squares of queries and keys; a constant in the originals too."""
 
 
+@or_original
 def forward(
     self: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Any:
     """Run the mixer on (B, T, width)."""
-    if goes_to_original(kwargs):
-        return original(self, hidden_states, cache=cache, attention_mask=attention_mask, **kwargs)
     batch, length, _ = hidden_states.shape
     state = recurrent_state(cache, self.layer_idx)
     mixed, gate, b, a = _project(self, masked(hidden_states, attention_mask))
     mixed = convolve(mixed, self.conv1d, self.activation, cache, self.layer_idx)
     q, k, v = torch.split(mixed, [self.key_dim, self.key_dim, self.value_dim], dim=-1)
     v = v.reshape(batch, length, self.num_v_heads, self.head_v_dim)
-    q, k = _normalise(self, q), _normalise(self, k)
+    copies = self.num_v_heads // self.num_k_heads
+    q, k = (unit_heads(one, self.num_k_heads, copies, _EPSILON) for one in (q, k))
     beta = b.sigmoid()
     log_decay = -self.A_log.float().exp() * F.softplus(a.float() + self.dt_bias)
     if state is not None and length == 1:
@@ -61,18 +61,6 @@ def _project(self: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.cat([one.flatten(2) for one in (q, k, v)], dim=-1), z, b, a
 
 
-def _normalise(self: Any, x: Tensor) -> Tensor:
-    """Bring each head of queries or keys to length one, and give each value head one.
-
-    x / sqrt(sum(x^2) + eps) is an RMS norm with eps / K beside the mean and a weight of K^(-1/2).
-    """
-    heads = x.reshape(*x.shape[:-1], self.num_k_heads, self.head_k_dim)
-    weight = heads.new_full((self.head_k_dim,), self.head_k_dim**-0.5, dtype=torch.float32)
-    normed = rms_norm(heads, weight, eps=_EPSILON / self.head_k_dim)
-    shared = self.num_v_heads // self.num_k_heads
-    return normed if shared == 1 else normed.repeat_interleave(shared, dim=2)
-
-
 def _applies(module: nn.Module) -> bool:
     return class_name(module) in _CLASSES
 
@@ -81,10 +69,9 @@ def _offers(module: Any) -> list[Offer] | str:
     reason = lacks(module, "conv1d", "A_log", "dt_bias", "norm", "out_proj", "layer_idx") or defines(
         module, "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule", "causal_conv1d_fn"
     )
+    reason = reason or unserved_activation(module)
     if reason is not None:
         return reason
-    if module.activation not in SERVED_ACTIVATIONS:
-        return f"no short convolution with the activation {module.activation!r}"
     return [Offer(("causal_conv1d", "rms_norm", "gated_delta_rule"), forward)]
 
 

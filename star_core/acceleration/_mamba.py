@@ -15,17 +15,17 @@ from star_core.acceleration._rules import (
     Rule,
     class_name,
     defines,
-    goes_to_original,
     is_plain_linear,
     lacks,
-    original,
+    or_original,
 )
-from star_core.acceleration._states import SERVED_ACTIVATIONS, convolve, masked, recurrent_state
+from star_core.acceleration._states import convolve, masked, recurrent_state, unserved_activation
 from star_kernels import selective_scan, selective_scan_step
 
 _CLASSES = ("MambaMixer", "FalconMambaMixer", "JambaMambaMixer")
 
 
+@or_original
 def forward(
     self: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Any:
@@ -34,8 +34,6 @@ def forward(
     Several tokens after a cache's first ones continue the convolution but start the scan from zeros, as the original
     does.
     """
-    if goes_to_original(kwargs):
-        return original(self, hidden_states, cache=cache, attention_mask=attention_mask, **kwargs)
     dtype, length = hidden_states.dtype, hidden_states.shape[1]
     state = recurrent_state(cache, self.layer_idx)
     x, gate = self.in_proj(masked(hidden_states, attention_mask)).chunk(2, dim=-1)
@@ -67,10 +65,9 @@ def _offers(module: Any) -> list[Offer] | str:
     reason = lacks(module, "in_proj", "conv1d", "x_proj", "dt_proj", "A_log", "D", "out_proj", "layer_idx") or defines(
         module, "mamba_selective_scan", "mamba_selective_state_update", "causal_conv1d_fn"
     )
+    reason = reason or unserved_activation(module)
     if reason is not None:
         return reason
-    if module.activation not in SERVED_ACTIVATIONS:
-        return f"no short convolution with the activation {module.activation!r}"
     if not is_plain_linear(module.dt_proj):
         return "its dt_proj is not a plain linear layer, so its weight cannot be read"
     return [Offer(("causal_conv1d", "selective_scan"), forward)]

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from star_core.acceleration._rules import Arguments, Offer, Rule, class_name, defines, goes_to_original, lacks, original
-from star_core.acceleration._states import SERVED_ACTIVATIONS, convolve, masked, recurrent_state
+from star_core.acceleration._rules import Arguments, Offer, Rule, class_name, defines, lacks, or_original
+from star_core.acceleration._states import convolve, masked, recurrent_state, unserved_activation
 from star_kernels import ssd, ssd_step
 
 _CLASSES = (
@@ -24,12 +24,11 @@ _CLASSES = (
 )
 
 
+@or_original
 def forward(
     self: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Any:
     """Run the mixer on (B, T, width)."""
-    if goes_to_original(kwargs):
-        return original(self, hidden_states, cache=cache, attention_mask=attention_mask, **kwargs)
     batch, length, _ = hidden_states.shape
     state = recurrent_state(cache, self.layer_idx)
     projected = _project(self, masked(hidden_states, attention_mask))
@@ -110,10 +109,9 @@ def _offers(module: Any) -> list[Offer] | str:
     reason = lacks(
         module, "in_proj", "conv1d", "A_log", "D", "dt_bias", "norm", "out_proj", "layer_idx", "time_step_limit"
     ) or defines(module, "mamba2_chunk_scan", "mamba2_selective_state_update", "causal_conv1d_fn")
+    reason = reason or unserved_activation(module)
     if reason is not None:
         return reason
-    if module.activation not in SERVED_ACTIVATIONS:
-        return f"no short convolution with the activation {module.activation!r}"
     return [Offer(("causal_conv1d", "ssd"), forward)]
 
 

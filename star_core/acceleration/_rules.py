@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -87,9 +88,16 @@ def original(module: Any, *args: Any, **kwargs: Any) -> Any:
     return type(module).forward(module, *args, **kwargs)
 
 
-def goes_to_original(kwargs: dict[str, Any]) -> bool:
-    """Return whether a call has arguments that only the original serves."""
-    return any(kwargs.get(name) is not None for name in UNSERVED)
+def or_original(forward: Forward) -> Forward:
+    """Return a forward that leaves a call with an argument of `UNSERVED` to the original."""
+
+    @functools.wraps(forward)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(kwargs.get(name) is not None for name in UNSERVED):
+            return original(self, *args, **kwargs)
+        return forward(self, *args, **kwargs)
+
+    return wrapped
 
 
 def bind(module: nn.Module, forward: Forward) -> MethodType:

@@ -13,9 +13,8 @@ from star_core.acceleration._rules import (
     Rule,
     class_name,
     defines,
-    goes_to_original,
     lacks,
-    original,
+    or_original,
 )
 from star_core.acceleration._states import earlier_inputs, masked
 from star_kernels import gated_short_conv, gated_short_conv_step
@@ -23,12 +22,11 @@ from star_kernels import gated_short_conv, gated_short_conv_step
 _CLASSES = ("Lfm2ShortConv", "Lfm2MoeShortConv")
 
 
+@or_original
 def forward(
     self: Any, hidden_states: Tensor, cache: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Any:
     """Run the mixer on (B, T, width)."""
-    if goes_to_original(kwargs):
-        return original(self, hidden_states, cache=cache, attention_mask=attention_mask, **kwargs)
     gate_in, gate_out, x = self.in_proj(masked(hidden_states, attention_mask)).chunk(3, dim=-1)
     return self.out_proj(convolve_gated(self, x, gate_in, gate_out, cache))
 

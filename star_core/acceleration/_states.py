@@ -8,7 +8,14 @@ from torch import Tensor
 
 from star_kernels import causal_conv1d, causal_conv1d_step
 
-SERVED_ACTIVATIONS = ("silu", "swish")
+_ACTIVATIONS = ("silu", "swish")
+
+
+def unserved_activation(module: Any) -> str | None:
+    """Say that a mixer's short convolution ends in another activation than `causal_conv1d` has; None if it does not."""
+    if module.activation in _ACTIVATIONS:
+        return None
+    return f"no short convolution with the activation {module.activation!r}"
 
 
 def masked(x: Tensor, attention_mask: Tensor | None) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from star_core.layers._state import State, state_dtype
+from star_core.layers._state import State
+from star_core.liv._base import state_dtype
 
 
 class InferenceCached(nn.Module):

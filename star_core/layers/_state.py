@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from star_kernels import causal_conv1d, causal_conv1d_step
+from star_core.liv._base import state_dtype
+from star_kernels import causal_conv1d, causal_conv1d_step, rms_norm
 
 State = dict[str, Tensor]
 """What a layer remembers of earlier tokens, by name; an empty dict before the first.
@@ -19,11 +19,6 @@ A call replaces its entries and modifies no tensor, so a shallow copy of the dic
 def is_step(x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> bool:
     """Return whether x (B, T, ...) is one more token for each row of a state."""
     return bool(state) and cu_seqlens is None and x.shape[1] == 1
-
-
-def state_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of states beside weights of `dtype`: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def depthwise(width: int, taps: int, bias: bool, **factory: Any) -> nn.Conv1d:
@@ -56,6 +51,18 @@ def convolve(
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """View (..., heads width) as (..., heads, width)."""
     return x.view(*x.shape[:-1], heads, x.shape[-1] // heads)
+
+
+def unit_heads(x: Tensor, heads: int, copies: int, eps: float) -> Tensor:
+    """Bring each head of (..., H K) to length one, and repeat it `copies` times: (..., H copies, K).
+
+    x / sqrt(sum(x^2) + eps) is an RMS norm with eps / K beside the mean and a weight of K^(-1/2).
+    """
+    rows = split_heads(x, heads)
+    width = rows.shape[-1]
+    weight = rows.new_full((width,), width**-0.5, dtype=state_dtype(x.dtype))
+    normed = rms_norm(rows, weight, eps=eps / width)
+    return normed if copies == 1 else normed.repeat_interleave(copies, dim=-2)
 
 
 def check_input(name: str, x: Tensor, width: int) -> None:

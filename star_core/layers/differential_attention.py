@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from star_core.layers._state import State, check_divides, check_input, split_heads, state_dtype
+from star_core.layers._state import State, check_divides, check_input, split_heads
+from star_core.liv._base import state_dtype
 from star_kernels import differential_attention, rms_norm
 
 

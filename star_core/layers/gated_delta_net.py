@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from star_core.layers._fla import FlaLayer, HeadNorm
 from star_core.layers._initialise import step_bias, undecayed
-from star_core.layers._state import State, check_divides, is_step, split_heads, state_dtype, whole
-from star_kernels import gated_delta_rule, gated_delta_rule_step, rms_norm
+from star_core.layers._state import State, check_divides, is_step, split_heads, unit_heads, whole
+from star_core.liv._base import state_dtype
+from star_kernels import gated_delta_rule, gated_delta_rule_step
 
 _MODES = ("chunk", "fused_recurrent")
 _GATES = ("swish", "silu", "sigmoid")
@@ -89,7 +90,8 @@ class GatedDeltaNet(FlaLayer):
     def _mix(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> Tensor:
         step = is_step(x, state, cu_seqlens)
         q, k, v = self._project(x, state, cu_seqlens, activated=True)
-        q, k = self._normalised(q), self._normalised(k)
+        copies = self.num_v_heads // self.num_heads
+        q, k = (unit_heads(one, self.num_heads, copies, _EPSILON) for one in (q, k))
         v = split_heads(v, self.num_v_heads)
         beta = torch.sigmoid(self.b_proj(x)) * (2.0 if self.allow_neg_eigval else 1.0)
         wide = state_dtype(x.dtype)
@@ -106,14 +108,3 @@ class GatedDeltaNet(FlaLayer):
         gate = None if self.g_proj is None else self.g_proj(x).view(o.shape)
         out: Tensor = self.o_proj(self.o_norm(o, gate).flatten(-2))
         return out
-
-    def _normalised(self, x: Tensor) -> Tensor:
-        """Bring each head of (B, T, H K) to length one, and give each value head one: (B, T, num_v_heads, K).
-
-        x / sqrt(sum(x^2) + eps) is an RMS norm with eps / K beside the mean and a weight of K^(-1/2).
-        """
-        heads = split_heads(x, self.num_heads)
-        weight = heads.new_full((self.head_k_dim,), self.head_k_dim**-0.5, dtype=state_dtype(x.dtype))
-        normed = rms_norm(heads, weight, eps=_EPSILON / self.head_k_dim)
-        shared = self.num_v_heads // self.num_heads
-        return normed if shared == 1 else normed.repeat_interleave(shared, dim=2)

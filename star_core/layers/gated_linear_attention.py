@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from star_core.layers._fla import FlaLayer, HeadNorm
-from star_core.layers._state import State, check_divides, is_step, split_heads, state_dtype, whole
+from star_core.layers._state import State, check_divides, is_step, split_heads, whole
+from star_core.liv._base import state_dtype
 from star_kernels import gated_linear_attention, gated_linear_attention_step
 
 _MODES = ("chunk", "fused_recurrent", "fused_chunk")

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from star_core.layers._hyena_filter import HyenaFilter
-from star_core.layers._state import State, check_input, convolve, depthwise, state_dtype
+from star_core.layers._state import State, check_input, convolve, depthwise
+from star_core.liv._base import state_dtype
 from star_kernels import long_conv, long_conv_step
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from star_core.layers._inference import InferenceCached, check_one_state
 from star_core.layers._initialise import mark, step_bias, undecayed
-from star_core.layers._state import State, check_input, convolve, depthwise, is_step, state_dtype, whole
+from star_core.layers._state import State, check_input, convolve, depthwise, is_step, whole
+from star_core.liv._base import state_dtype
 from star_kernels import selective_scan, selective_scan_step
 
 

@@ -19,9 +19,9 @@ from star_core.layers._state import (
     depthwise,
     is_step,
     split_heads,
-    state_dtype,
     whole,
 )
+from star_core.liv._base import state_dtype
 from star_kernels import rms_norm, ssd, ssd_step, swiglu
 from star_kernels.compat._sequences import find_sequences
 

@@ -94,6 +94,15 @@ def test_a_binary_shows_wide_loads() -> None:
         assert 10 < row.binary.registers < 80
 
 
+@pytest.mark.usefixtures("_triton_installed")
+@pytest.mark.parametrize("arch", [80, 89, 90, 100, 103, 110, 120, 121])
+def test_matrix_instruction_of_a_gpu_is_what_triton_compiles_to(arch: int) -> None:
+    target = replace(SM_90, name=f"sm_{arch}", arch=arch)
+    case = cases("attention", "B2 T2048 H8 D128 bfloat16")[0]
+    launch, _ = aot.launches_of(case, target)[0]
+    assert compile_for(launch, target).matrix == target.gpu.matrix
+
+
 def _held_against_the_committed_table(grid: list[tuple[int, str]], targets: list[aot.Target]) -> None:
     import triton
 

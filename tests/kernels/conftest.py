@@ -44,12 +44,17 @@ def _poisoned_memory_and_two_threads() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In the interpreter and on a GPU, leave out what asks for no backend, such as the compiled library's own tests."""
+    """In the interpreter and on a GPU, leave out what asks for no backend, such as the compiled library's own tests;
+    not what is about Triton alone."""
     if _triton.interpreting() or DEVICE != "cpu":
-        here = [item for item in items if not item.path.is_relative_to(_HERE) or "backend" in _parameters(item)]
+        here = [item for item in items if not item.path.is_relative_to(_HERE) or _concerns_triton(item)]
         kept = set(here)
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = here
+
+
+def _concerns_triton(item: pytest.Item) -> bool:
+    return "backend" in _parameters(item) or item.path.name.startswith("test_triton_")
 
 
 def _parameters(item: pytest.Item) -> dict[str, object]:

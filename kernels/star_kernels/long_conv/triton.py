@@ -187,7 +187,8 @@ def _fake_step(state: Tensor, x: Tensor, filter: Tensor, *rest: Any) -> tuple[Te
 
 def _step_gradient(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
     """Differentiate one token in torch: nobody trains by single steps, and each product is one of vectors."""
-    state, x, filter, gate_in, gate_out, skip = ctx.saved_tensors
+    inputs = ctx.saved_tensors
+    state, x, filter, gate_in, gate_out, skip = inputs
     acc, held = wide(x), state.shape[1]
     one = torch.ones((), dtype=acc, device=x.device)
     inward, outward, through = (one if each is None else each.to(acc) for each in (gate_in, gate_out, skip))
@@ -207,9 +208,7 @@ def _step_gradient(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None,
         dhistory[:, :held], du * inward, dfilter, None if gate_in is None else du * x.to(acc),
         None if gate_out is None else dy * out, None if skip is None else (dv * u).sum(0),
     )  # fmt: skip
-    return tuple(
-        None if each is None else each.to(given.dtype) for each, given in zip(gradients, ctx.saved_tensors, strict=True)
-    )
+    return tuple(None if each is None else each.to(given.dtype) for each, given in zip(gradients, inputs, strict=True))
 
 
 _backward_operator = triton_operator("long_conv_backward", _long_conv_gradients, fake=_fake_gradients)

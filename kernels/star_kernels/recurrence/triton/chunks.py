@@ -10,7 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from star_kernels._operands import sequences_of
-from star_kernels._triton import gpu_of
 from star_kernels._triton_math import SPLIT, sequence_of
 
 CHUNK = 64
@@ -154,15 +153,6 @@ def chunk(slot, ends, length, chunks, count, VARLEN: tl.constexpr, CHUNK: tl.con
         return batch, begin + (slot - first) * CHUNK, stop
     else:
         return slot // chunks, (slot % chunks) * CHUNK, slot * 0 + length
-
-
-def factors_in_registers(x: Tensor) -> bool:
-    """Return whether x's GPU multiplies with mma.sync: a product's factors are then in registers, one in every warp.
-
-    The instructions of Hopper and of Blackwell's server GPUs read them from shared memory; AMD's have more registers.
-    """
-    arch = gpu_of(x).arch
-    return isinstance(arch, int) and arch // 10 not in (9, 10)
 
 
 def layout(x: Tensor, cu_seqlens: Tensor | None) -> tuple[int, int, int]:

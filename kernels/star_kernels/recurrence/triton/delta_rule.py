@@ -60,7 +60,7 @@ _RUNS: dict[Any, dict[str, tuple[_Run, _Run]]] = {
 
 def _options(kernel: Any, q: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None) -> dict[str, Any]:
     """Return a kernel's constants, warps and stages."""
-    block_k, block_v, warps, stages = _RUNS[kernel][_instruction(q)][q.dtype.itemsize > 2]
+    block_k, block_v, warps, stages = _RUNS[kernel][gpu_of(q).matrix][q.dtype.itemsize > 2]
     all_keys = next_power_of_2(q.shape[3], 16)
     if kernel is delta_states:
         block_k, block_v = all_keys, min(block_v, max(16, block_k // all_keys))
@@ -69,15 +69,6 @@ def _options(kernel: Any, q: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor
         "BLOCK_K": min(block_k, all_keys), "BLOCK_V": min(block_v, next_power_of_2(v.shape[3], 16)),
         "num_warps": warps, "num_stages": stages,
     }  # fmt: skip
-
-
-def _instruction(x: Tensor) -> str:
-    gpu = gpu_of(x)
-    if gpu.backend == "hip":
-        return "mfma"
-    if chunked.factors_in_registers(x):
-        return "mma.sync"
-    return "wgmma" if isinstance(gpu.arch, int) and gpu.arch < 100 else "tcgen05"
 
 
 def _walks(

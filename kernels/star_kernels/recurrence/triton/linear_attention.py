@@ -21,7 +21,7 @@ from star_kernels._operands import like, like_or_none, score_factor, strides, wi
 from star_kernels._triton import gpu_of, launch
 from star_kernels._triton_math import accumulator, next_power_of_2
 from star_kernels.recurrence.triton import chunks as chunked
-from star_kernels.recurrence.triton.chunks import CHUNK, factors_in_registers
+from star_kernels.recurrence.triton.chunks import CHUNK
 from star_kernels.recurrence.triton.linear_attention_kernels import gla_key_gradients, gla_mix, gla_states, gla_step
 from star_kernels.recurrence.triton.memory import memory_operators
 
@@ -51,7 +51,7 @@ def _launch_states(
     dends = None if do is None else torch.empty_like(starts)
     # A float32 factor is three parts, and would spill beside a tile of 64 x 64.
     single = q.element_size() > 2
-    most_keys = 32 if single and factors_in_registers(q) else 64
+    most_keys = 32 if single and gpu_of(q).units == "registers" else 64
     options = _options(q, v, scale, ends, most_keys, 32 if single else 64)
     blocks_k, blocks_v = triton.cdiv(keys, options["BLOCK_K"]), triton.cdiv(values, options["BLOCK_V"])
     launch(

@@ -14,11 +14,11 @@ import torch
 import triton
 from torch import Tensor
 
-from star_kernels._operands import given, like, like_or_none, one_token, strides, wide
+from star_kernels._operands import given, like, like_or_none, one_token, sequences_of, strides, wide
 from star_kernels._triton import gpu_of, launch, triton_operator
 from star_kernels._triton_math import accumulator, next_power_of_2
 from star_kernels.recurrence.triton import chunks as chunked
-from star_kernels.recurrence.triton.chunks import CHUNK, factors_in_registers
+from star_kernels.recurrence.triton.chunks import CHUNK
 from star_kernels.recurrence.triton.ssd_gradient_kernels import ssd_group_gradients, ssd_head_gradients
 from star_kernels.recurrence.triton.ssd_kernels import ssd_one_step, ssd_outputs, ssd_states
 
@@ -50,7 +50,7 @@ def _launch_states(
     # A float32 factor is three parts, and would spill beside a tile of 64 x 64.
     single, num_warps = x.element_size() > 2, 8
     most_p, most_n = 64, 32 if single and dy is not None else 64
-    if single and factors_in_registers(x):
+    if single and gpu_of(x).units == "registers":
         most_p, most_n, num_warps = 16, 32, 4
     elif gpu_of(x).backend == "hip" or (dy is None and not single):
         num_warps = 4
@@ -76,7 +76,7 @@ def _ssd(
     y = like(x)
     final = torch.empty(count, heads, width, size, dtype=wide(x), device=x.device)
     starts, _ = _launch_states(x, dt, A, B, C, z, dt_bias, dt_softplus, initial_state, cu_seqlens, final)
-    single, tight = x.element_size() > 2, factors_in_registers(x)
+    single, tight = x.element_size() > 2, gpu_of(x).units == "registers"
     options = _options(x, dt_softplus, cu_seqlens, size, 32 if single else 64, 16 if single and tight else 32)
     blocks_p = triton.cdiv(width, options["BLOCK_P"])
     launch(
@@ -89,8 +89,7 @@ def _ssd(
 
 
 def _fake_ssd(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    count = x.shape[0] if rest[-1] is None else rest[-1].shape[0] - 1
-    state = torch.empty((count, *x.shape[2:], B.shape[3]), dtype=wide(x), device=x.device)
+    state = torch.empty((sequences_of(x, rest[-1]), *x.shape[2:], B.shape[3]), dtype=wide(x), device=x.device)
     return like(x), state
 
 
@@ -113,7 +112,7 @@ def _ssd_gradients(
     )  # fmt: skip
     sums = torch.zeros(slots, heads, 3, dtype=starts.dtype, device=x.device)
     num_warps = 4 if gpu_of(x).backend == "hip" else 8
-    most_n = 16 if x.element_size() > 2 and factors_in_registers(x) else 32
+    most_n = 16 if x.element_size() > 2 and gpu_of(x).units == "registers" else 32
     options = _options(x, dt_softplus, cu_seqlens, size, 16, most_n)
     steps = (*x.stride(), *dt.stride(), A.stride(0), *strides(dt_bias, 1), *B.stride(), *C.stride())
     launch(

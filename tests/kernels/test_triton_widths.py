@@ -1,0 +1,80 @@
+"""Chunked recurrences wider than a program's block, with the settings of each kind of GPU, in Triton's interpreter.
+
+The other tests' heads fit into one block, and the interpreter takes the settings of one GPU: here keys, values,
+channels and states need two blocks and more each, the last of them partly filled.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from star_kernels import _triton
+from star_kernels._triton import Gpu
+from tests.kernels.checks import Case, assert_close, call, gradients, upstream
+from tests.kernels.samples import normal, uniform
+
+if not _triton.interpreting():
+    pytest.skip("kernels run on the CPU with TRITON_INTERPRET=1 alone", allow_module_level=True)
+
+GPUS = {
+    "mma.sync": Gpu("cuda", 80, 163 * 1024),
+    "wgmma": Gpu("cuda", 90, 227 * 1024),
+    "tcgen05": Gpu("cuda", 100, 227 * 1024),
+    "mfma": Gpu("hip", "gfx942", 64 * 1024),
+}
+LENGTH, HEADS, KEYS, VALUES = 21, 1, 72, 80  # two sequences, of which one is longer than a chunk of 16 tokens
+
+
+def _memory(operator: str) -> Case:
+    q, k = (normal(name, 1, LENGTH, HEADS, KEYS) for name in "qk")
+    tensors = {
+        "q": q,
+        "k": k / k.norm(dim=-1, keepdim=True),
+        "v": normal("v", 1, LENGTH, HEADS, VALUES),
+        "initial_state": normal("state", 2, HEADS, KEYS, VALUES),
+    }
+    decay = (1, LENGTH, HEADS, KEYS) if operator == "gated_linear_attention" else (1, LENGTH, HEADS)
+    tensors["log_decay"] = -uniform("log_decay", *decay, high=0.5)
+    if operator == "gated_delta_rule":
+        tensors["beta"] = uniform("beta", 1, LENGTH, HEADS)
+    return Case(tensors, {})
+
+
+def _ssd() -> Case:
+    heads, groups = 2 * HEADS, HEADS
+    return Case(
+        {
+            "x": normal("x", 1, LENGTH, heads, VALUES),
+            "dt": uniform("dt", 1, LENGTH, heads, low=0.05, high=0.5),
+            "A": -uniform("A", heads, low=0.2, high=2.0),
+            "B": normal("B", 1, LENGTH, groups, KEYS),
+            "C": normal("C", 1, LENGTH, groups, KEYS),
+            "D": normal("D", heads),
+            "z": normal("z", 1, LENGTH, heads, VALUES),
+            "initial_state": normal("state", 2, heads, VALUES, KEYS),
+        },
+        {},
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
+@pytest.mark.parametrize("matrix", GPUS)
+@pytest.mark.parametrize("operator", ["ssd", "gated_linear_attention", "gated_delta_rule"])
+def test_several_blocks(operator: str, matrix: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_triton, "_recorded_for", GPUS[matrix])
+    case = _ssd() if operator == "ssd" else _memory(operator)
+    options = {**case.options, "cu_seqlens": torch.tensor([0, 3, LENGTH])}
+    leaves = case.leaves(dtype)
+    exact_leaves = {name: one.detach().double().requires_grad_() for name, one in leaves.items()}
+    outputs = call(operator, "triton", leaves, options)
+    exact = call(operator, "reference", exact_leaves, options)
+    # Rounded to 8 bits: outputs and gradients once, and factors of chunks' products on the way.
+    tolerance = 1e-10 if dtype is torch.float64 else 3e-2
+    dy = upstream(outputs)
+    found = gradients(outputs, leaves, dy)
+    wanted = gradients(exact, exact_leaves, tuple(one.double() for one in dy))
+    for index, (one, want) in enumerate(zip(outputs, exact, strict=True)):
+        assert_close(one, want, f"output {index}", tolerance)
+    for name, want in wanted.items():
+        assert_close(found[name], want, f"gradient of {name}", tolerance)

@@ -210,4 +210,5 @@ def storage_bytes(x: Tensor) -> Tensor:
 
 
 def bits(x: Tensor) -> Tensor:
-    return x.reshape(-1).clone().view(torch.uint8) if x.numel() else torch.empty(0)
+    # A single number keeps its stride through a plain clone, which a view of its bytes refuses.
+    return x.reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8) if x.numel() else torch.empty(0)

@@ -19,6 +19,7 @@ from search.driver import search
 from search.report import print_front, write_report
 from search.report_metrics import format_seconds
 from search.settings import OBJECTIVES, PRESETS, Settings, SettingsError, nearest
+from search.start import read_starts
 from search.store import Evaluation, RunFolderError, Status, Store, read_json, write_json
 from search.view import View
 from search.workers import make_workers
@@ -65,6 +66,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="text, JSON lines or Parquet files, folders, or a data set's name (default: State of the Union speeches)",
     )
+    option(
+        "--start",
+        action="append",
+        metavar="PATH",
+        help="begin with the genome of this winner, or of this folder of transformers' (repeatable)",
+    )
     option("--out", type=Path, metavar="DIR", help="run folder (default: a new one in runs/)")
     option("--resume", action="store_true", help="go on with the run in --out, or with the newest in runs/")
     option("--seed", type=int, metavar="N", help="seed of the evolution and of every training")
@@ -88,6 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     root: Path | None = None
     try:
         given = _parse(argv)
+        if "start" in given:
+            given["start"] = list(read_starts(given["start"]))
         resume = given.pop("resume", False)
         root = given.pop("out", None) or (_newest_run() if resume else _new_run(given.get("preset", "laptop")))
         if resume:

@@ -42,6 +42,9 @@ class Request:
 def search(settings: Settings, store: Store, workers: Workers, view: View, on_generation: Callable[[], None]) -> None:
     """Evaluate the baselines, then evolve; everything is in the run folder when this returns.
 
+    The initial population begins with the genomes of `settings.start`. One that is a baseline is not evaluated again,
+    and logged as the baseline alone.
+
     Args:
         settings: What to search.
         store: The open run folder, with the corpus saved in `store.work`.
@@ -63,10 +66,17 @@ def search(settings: Settings, store: Store, workers: Workers, view: View, on_ge
         num_objectives=len(settings.objectives),
         population_size=settings.population,
     )
-    optimizer.exclude(request.genome for request in baselines)
+    starts = [Genome.parse(text) for text in settings.start]
+    names = {genome.hash: f"start {number}" for number, genome in enumerate(starts, start=1)}
+    optimizer.exclude(request.genome for request in baselines if request.genome.hash not in names)
+    for genome in reversed(starts):  # the last suggested is the first asked for
+        optimizer.suggest(genome)
     for generation in range(settings.generations):
         candidates = _ask(optimizer, settings.population)
-        requests = [Request(c.value, generation, parents=c.parent_hashes, repaired=c.repaired) for c in candidates]
+        requests = [
+            Request(c.value, generation, name=names.get(c.value.hash), parents=c.parent_hashes, repaired=c.repaired)
+            for c in candidates
+        ]
         for candidate, evaluation in zip(candidates, _evaluate(requests, settings, store, workers, view), strict=True):
             if evaluation.status is Status.OK:
                 optimizer.tell(candidate, [evaluation.metrics[name] for name in settings.objectives])

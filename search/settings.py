@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from search.train import Precision, TrainConfig, peak_rate
-from star_core import ModelConfig
+from star_core import Genome, ModelConfig
 
 TRAINED = ("perplexity", "bits_per_byte", "parameters", "cache_bytes")
 MEASURED = ("prefill_ms", "decode_ms_per_token", "train_ms_per_step", "peak_memory_bytes")
@@ -46,6 +46,7 @@ class Settings:
         measure_seconds: Time given to the measurement of one candidate's latency and memory.
         timeout_seconds: Longest life of one candidate's process.
         data: Files, folders or data set names; empty for the embedded corpus.
+        start: Texts of genomes that the initial population begins with.
         seed: Seeds the evolution and, with a genome's hash, each training.
         workers: "processes" (a fresh process for each candidate) or "inline" (all in this one).
         jobs: Candidates trained at once, one thread each; 0 takes the number of cores.
@@ -70,6 +71,7 @@ class Settings:
     measure_threads: int = 0
     objectives: tuple[str, ...] = ("perplexity", "decode_ms_per_token_ratio", "cache_bytes")
     data: tuple[str, ...] = ()
+    start: tuple[str, ...] = ()
     seed: int = 0
     workers: str = "processes"
     jobs: int = 0
@@ -113,6 +115,11 @@ class Settings:
                 f"tokens: needs at least one batch of {self.batch_size} x {self.seq_len} = "
                 f"{self.batch_size * self.seq_len} tokens, got {self.tokens}"
             )
+        if len(self.start) > self.population:
+            raise SettingsError(f"start: needs at most population = {self.population} genomes, got {len(self.start)}")
+        for text in self.start:
+            if (depth := len(Genome.parse(text))) != self.depth:
+                raise SettingsError(f"start: needs genomes of depth = {self.depth} LIVs, got one of {depth}, {text}")
         if self.width < 1 or self.width % (4 * self.head_dim):
             raise SettingsError(
                 f"width: needs a multiple of 4 heads of {self.head_dim} = {4 * self.head_dim}, got {self.width}"

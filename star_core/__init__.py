@@ -2,8 +2,9 @@
 
 from star_core.acceleration import AccelerationReport, accelerate, restore
 from star_core.cache import Cache
+from star_core.config import ModelConfig
 from star_core.genome import Genome
-from star_core.model import Backbone, LanguageModel, ModelConfig, count_parameters
+from star_core.model import Backbone, LanguageModel, count_parameters
 
 load = LanguageModel.load
 

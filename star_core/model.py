@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from os import PathLike
 from typing import Any, Self
@@ -18,42 +18,13 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from star_core.cache import Cache, StateSpec
+from star_core.config import ModelConfig
 from star_core.genome import POOL, Genome, validate
 from star_core.liv import LIV, Features, build_featurizer, build_liv
 from star_core.liv._base import OutputProjection
 from star_core.liv.build import LIVShape
 from star_core.ragged import Ragged, attention_mask_of
 from star_kernels import add_rms_norm, linear_cross_entropy, rms_norm
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """Sizes of a language model; with a genome they say all there is to build.
-
-    Attributes:
-        width: Width of the residual stream; a multiple of `head_dim`, and of 4 (2) times it for SA-3 (SA-4).
-        head_dim: Channels of an attention head; even.
-        vocab_size: Tokens known; 256 for bytes.
-        time_scale: Tokens that the implicit filters of long convolutions call 1, usually the training length.
-            Longer inputs work.
-        rope_base: Base of the rotary frequencies.
-        norm_eps: Added to the mean square in RMSNorm.
-    """
-
-    width: int = 128
-    head_dim: int = 32
-    vocab_size: int = 256
-    time_scale: int = 1024
-    rope_base: float = 10000.0
-    norm_eps: float = 1e-6
-
-    def __post_init__(self) -> None:
-        for name in ("width", "head_dim", "vocab_size", "time_scale"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: needs a positive integer, got {value!r}")
-        if self.head_dim % 2 or self.width % self.head_dim:
-            raise ValueError(f"head_dim: needs an even divisor of width = {self.width}, got {self.head_dim}")
 
 
 class Backbone(nn.Module):
@@ -80,7 +51,10 @@ class Backbone(nn.Module):
         self.checkpoint_every = 1
         # The name under which transformers puts its own.
         self._gradient_checkpointing_func: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
-        shape = LIVShape(config.width, config.head_dim, config.time_scale, config.rope_base)
+        qk_norm_eps = config.norm_eps if config.qk_norm else None
+        shape = LIVShape(
+            config.width, config.head_dim, config.time_scale, config.rope_base, config.ffn_width, qk_norm_eps
+        )
         classes = [POOL[genes.liv_class] for genes in genome.livs]
         sharing = genome.sharing()
         self.tensor_source = [dict(sources) for sources in sharing.tensor_source]
@@ -233,8 +207,9 @@ class Backbone(nn.Module):
 class LanguageModel(nn.Module):
     """A causal language model with the backbone that a genome describes, and one embedding for input and output.
 
-    The embedding is scaled by sqrt(width) on its way in, as in Gemma (arXiv 2403.08295), so that tied weights of
-    variance 1/width give a residual stream and logits of variance 1.
+    Unless the configuration says otherwise, the output layer is the embedding, which is scaled by sqrt(width) on its
+    way in, as in Gemma (arXiv 2403.08295), so that tied weights of variance 1/width give a residual stream and logits
+    of variance 1.
 
     Args:
         genome: What to build.
@@ -253,6 +228,10 @@ class LanguageModel(nn.Module):
             # also the output layer, whose scale decides the logits
             self.embedding._no_weight_decay = True  # type: ignore[attr-defined]
             self.backbone = Backbone(genome, config)
+            self.output: nn.Parameter | None = None
+            if not config.tie_embeddings:
+                self.output = nn.Parameter(torch.randn_like(self.embedding) * config.width**-0.5)
+                self.output._no_weight_decay = True  # type: ignore[attr-defined]
             scale = (
                 2 * len(genome)
             ) ** -0.5  # every LIV adds to the residual stream: GPT-2's rule (Radford et al. 2019, 2.3)
@@ -266,11 +245,18 @@ class LanguageModel(nn.Module):
         """The genome that this model was built from."""
         return self.backbone.genome
 
+    @property
+    def output_weight(self) -> Tensor:
+        """The output layer, [vocab_size, width]: the embedding, or a weight of its own."""
+        return self.embedding if self.output is None else self.output
+
     def hidden(self, tokens: Tensor, cache: Cache | None = None, attention_mask: Tensor | None = None) -> Tensor:
         """Return the normed last hidden states, [B, T, width], of `tokens` [B, T] int64; see `forward`."""
         if tokens.ndim != 2 or tokens.dtype != torch.int64:
             raise ValueError(f"tokens: needs [B, T] int64, got {list(tokens.shape)} {tokens.dtype}")
-        x = F.embedding(tokens, self.embedding) * self.config.width**0.5
+        x = F.embedding(tokens, self.embedding)
+        if self.config.scale_embeddings:
+            x = x * self.config.width**0.5
         h: Tensor = self.backbone(x, cache, attention_mask)
         return h
 
@@ -288,13 +274,13 @@ class LanguageModel(nn.Module):
             ValueError: Shape or dtype of `tokens`, shape of `attention_mask`; a cache of another batch size, or without
                 room. TypeError: dtype of `attention_mask`.
         """
-        return F.linear(self.hidden(tokens, cache, attention_mask), self.embedding).float()
+        return F.linear(self.hidden(tokens, cache, attention_mask), self.output_weight).float()
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Return the mean cross entropy in nats of `targets` [B, T] given `tokens` [B, T]; targets of -100 do not
         count."""
         h = self.hidden(tokens)
-        return linear_cross_entropy(h.flatten(0, 1), self.embedding, targets.flatten())
+        return linear_cross_entropy(h.flatten(0, 1), self.output_weight, targets.flatten())
 
     def new_cache(self, batch_size: int, max_length: int) -> Cache:
         """Allocate the decoding state for `max_length` tokens of `batch_size` sequences."""

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 from transformers import GenerationConfig, PreTrainedConfig
 
+from star_core.config import ModelConfig
 from star_core.genome import Genome, lfm2, validate
-from star_core.model import ModelConfig
 
 # What transformers itself passes to, or writes for, any configuration.
 _COMMON = frozenset(
@@ -36,7 +36,9 @@ _COMMON = frozenset(
     # Generation's defaults have files of their own now; old ones may still lie in a configuration's.
     | GenerationConfig().to_dict().keys()
 )
-_SIZES = ("width", "head_dim", "vocab_size", "time_scale", "rope_base", "norm_eps")
+_SIZES = (
+    "width", "head_dim", "vocab_size", "time_scale", "rope_base", "norm_eps", "ffn_width", "qk_norm", "scale_embeddings"
+)  # fmt: skip
 
 
 class StarConfig(PreTrainedConfig):
@@ -44,12 +46,15 @@ class StarConfig(PreTrainedConfig):
 
     Args:
         genome: Text of a valid genome, such as "11211-31112-21221-32112". Default: LFM2's layout at 8 LIVs.
-        width: As `ModelConfig`, like the next five.
+        width: As `ModelConfig`, like the next eight.
         head_dim: Channels of an attention head.
         vocab_size: Tokens known.
         time_scale: Tokens that the implicit filters call 1.
         rope_base: Base of the rotary frequencies.
         norm_eps: Added to the mean square in RMSNorm.
+        ffn_width: Channels of gate and value in GMemless.
+        qk_norm: Whether attention norms queries and keys.
+        scale_embeddings: Whether embeddings are multiplied by sqrt(width).
         measured: Numbers that belong to the model, by name with their unit in it, such as
             {"decode_ms_per_token": 1.9}; written to the model card.
         use_cache: Whether a forward pass outside training returns a decoding state.
@@ -78,6 +83,9 @@ class StarConfig(PreTrainedConfig):
         time_scale: int = 1024,
         rope_base: float = 10000.0,
         norm_eps: float = 1e-6,
+        ffn_width: int | None = None,
+        qk_norm: bool = False,
+        scale_embeddings: bool = True,
         measured: Mapping[str, float] | None = None,
         use_cache: bool = True,
         tie_word_embeddings: bool = True,
@@ -104,6 +112,9 @@ class StarConfig(PreTrainedConfig):
         self.time_scale = time_scale
         self.rope_base = rope_base
         self.norm_eps = norm_eps
+        self.ffn_width = ffn_width
+        self.qk_norm = qk_norm
+        self.scale_embeddings = scale_embeddings
         self.measured = None if measured is None else dict(measured)
         self.use_cache = use_cache
         self.tie_word_embeddings = tie_word_embeddings
@@ -123,7 +134,8 @@ class StarConfig(PreTrainedConfig):
 
     def model_config(self) -> ModelConfig:
         """Return the sizes as `LanguageModel` takes them."""
-        return ModelConfig(**{name: getattr(self, name) for name in _SIZES})
+        sizes = {name: getattr(self, name) for name in _SIZES}
+        return ModelConfig(**sizes, tie_embeddings=bool(self.tie_word_embeddings))
 
     @property
     def num_hidden_layers(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -144,7 +145,9 @@ class StarModel(StarPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("input_ids: needs either input_ids or inputs_embeds, not both and not neither")
-        x = (self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds) * self.config.width**0.5
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if self.config.scale_embeddings:
+            x = x * self.config.width**0.5
         cache = self._cache(cache, use_cache, x)
         tokens = x.shape[1]
         if attention_mask is not None:
@@ -193,11 +196,13 @@ class StarForCausalLM(StarPreTrainedModel, GenerationMixin):
             measured: Numbers for the model card, as `StarConfig` takes them.
         """
         sizes = {name: getattr(model.config, name) for name in model.config.__dataclass_fields__}
-        copy = cls(StarConfig(genome=str(model.genome), measured=measured, **sizes))
+        tied = sizes.pop("tie_embeddings")
+        copy = cls(StarConfig(genome=str(model.genome), measured=measured, tie_word_embeddings=tied, **sizes))
         copy.to(device=model.embedding.device, dtype=model.embedding.dtype)
         copy.model.backbone.load_state_dict(model.backbone.state_dict())
         with torch.no_grad():
             copy.model.embed_tokens.weight.copy_(model.embedding)
+            copy.lm_head.weight.copy_(model.output_weight)
         copy.train(model.training)
         return copy
 
@@ -208,8 +213,9 @@ class StarForCausalLM(StarPreTrainedModel, GenerationMixin):
             ValueError: The output layer is not the embedding.
         """
         if self.lm_head.weight is not self.model.embed_tokens.weight:
-            raise ValueError("to_star: needs tied embeddings; a LanguageModel has one weight for input and output")
-        copy = LanguageModel(self.config.parsed_genome(), self.config.model_config())
+            raise ValueError("to_star: needs tied embeddings, got an output layer of its own")
+        sizes = replace(self.config.model_config(), tie_embeddings=True)
+        copy = LanguageModel(self.config.parsed_genome(), sizes)
         copy.to(device=self.device, dtype=self.dtype)
         copy.backbone.load_state_dict(self.model.backbone.state_dict())
         with torch.no_grad():

@@ -19,7 +19,8 @@ class Attention(LIV):
     fewer heads.
 
     Source: Vaswani et al. 2017 (arXiv 1706.03762); rotary positions, Su et al. 2021 (arXiv 2104.09864); grouped
-    queries, Ainslie et al. 2023 (arXiv 2305.13245). Keys are shared and cached after their rotation.
+    queries, Ainslie et al. 2023 (arXiv 2305.13245). Keys are shared and cached after their norm, if
+    the featurizer has one, and their rotation.
 
     Args:
         featurizer: Makes the groups that this LIV computes; may be shared with other LIVs.

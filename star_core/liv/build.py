@@ -38,12 +38,16 @@ class LIVShape:
         head_dim: Channels of an attention head.
         time_scale: Tokens that the implicit filters call 1.
         rope_base: Base of the rotary frequencies.
+        ffn_width: Channels of a memoryless unit. Default: as the class says.
+        qk_norm_eps: Added to the mean square in the norm of queries and keys. Default: there is none.
     """
 
     width: int
     head_dim: int
     time_scale: int
     rope_base: float
+    ffn_width: int | None = None
+    qk_norm_eps: float | None = None
 
 
 def build_featurizer(liv: LIVClass, shape: LIVShape, computed: Collection[str]) -> nn.ModuleList:
@@ -81,6 +85,8 @@ def _kv_heads(liv: LIVClass, shape: LIVShape) -> int:
 
 
 def _hidden(liv: LIVClass, shape: LIVShape, group: str) -> int:
+    if liv.family == "memoryless" and shape.ffn_width is not None:
+        return shape.ffn_width
     return liv.featurizer[group].expansion * shape.width
 
 
@@ -90,7 +96,8 @@ def _featurizer(liv: LIVClass, shape: LIVShape, computed: Collection[str]) -> Fe
         kv = _kv_heads(liv, shape)
         heads = {"q": width // shape.head_dim} | {name: kv for name in ("k", "v") if name in computed}
         toeplitz = liv.featurizer["q"].token_mixing is TokenMixing.SCALED_TOEPLITZ
-        return AttentionFeaturizer(width, heads, shape.head_dim, FEATURIZER_TAPS if toeplitz else 0)
+        taps = FEATURIZER_TAPS if toeplitz else 0
+        return AttentionFeaturizer(width, heads, shape.head_dim, taps, norm_eps=shape.qk_norm_eps)
     if liv.family == "recurrence":
         groups = [name for name in ("B", "C") if name in computed]
         return RecurrenceFeaturizer(

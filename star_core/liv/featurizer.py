@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from star_core.cache import State, StateSpec, read, write
 from star_core.liv._base import cu_seqlens_of, init_linear_, is_step, state_dtype
 from star_core.ragged import Ragged
-from star_kernels import causal_conv1d, causal_conv1d_step
+from star_kernels import causal_conv1d, causal_conv1d_step, rms_norm
 
 
 class GroupLinear(nn.Module):
@@ -83,6 +83,27 @@ class ShortConv(nn.Module):
         return y
 
 
+class HeadNorm(nn.Module):
+    """RMSNorm over the channels of each head, one weight for all heads.
+
+    Source: Dehghani et al., ViT-22B, 2023, arXiv 2302.05442 (query-key normalisation), with RMSNorm as in LFM2.
+    """
+
+    def __init__(self, head_dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(head_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the weight to 1."""
+        nn.init.ones_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Norm `x` [..., head_dim]."""
+        return rms_norm(x, self.weight, eps=self.eps)
+
+
 class AttentionFeaturizer(nn.Module):
     """Queries, keys and values of softmax attention, optionally through a short convolution each (classes 1 to 4).
 
@@ -91,9 +112,12 @@ class AttentionFeaturizer(nn.Module):
         heads: Heads of each group, such as {"q": 8, "k": 2, "v": 2}; groups left out are never computed.
         head_dim: Channels of a head.
         taps: Length of the short convolutions; 0 for none.
+        norm_eps: Added to the mean square in the norm of queries and keys; None for no norm.
     """
 
-    def __init__(self, width: int, heads: Mapping[str, int], head_dim: int, taps: int) -> None:
+    def __init__(
+        self, width: int, heads: Mapping[str, int], head_dim: int, taps: int, *, norm_eps: float | None = None
+    ) -> None:
         super().__init__()
         self.head_dim = head_dim
         self.heads = dict(heads)
@@ -101,6 +125,8 @@ class AttentionFeaturizer(nn.Module):
         self.convs = nn.ModuleDict(
             {name: ShortConv(count * head_dim, taps) for name, count in heads.items()} if taps else {}
         )
+        normed = [] if norm_eps is None else [name for name in ("q", "k") if name in heads]
+        self.norms = nn.ModuleDict({name: HeadNorm(head_dim, norm_eps or 0.0) for name in normed})
 
     def state_spec(self, names: Collection[str], batch_size: int) -> dict[str, StateSpec]:
         """States of the short convolutions of the named groups."""
@@ -119,7 +145,8 @@ class AttentionFeaturizer(nn.Module):
         for name in names:
             if name in self.convs:
                 groups[name] = self._conv(name)(groups[name], state, f"conv_{name}", ragged)
-        return {name: torch.unflatten(group, -1, (self.heads[name], self.head_dim)) for name, group in groups.items()}
+        split = {name: torch.unflatten(group, -1, (self.heads[name], self.head_dim)) for name, group in groups.items()}
+        return {name: self.norms[name](group) if name in self.norms else group for name, group in split.items()}
 
 
 class RecurrenceFeaturizer(nn.Module):

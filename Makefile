@@ -13,13 +13,14 @@ SECONDS ?= 600
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find kernels -name '*.cpp' -o -name '*.h')
 ARGS ?=
 
-.PHONY: search test test-all lint bench gpu fuzz setup clean help
+.PHONY: search test test-all lint bench docs gpu fuzz setup clean help
 
 help:
 	@echo "make search [ARGS='--preset smoke']   search architectures on this machine; opens nothing, prints where report.html is"
 	@echo "make test                             lint, types and the quick tests (CI runs this)"
 	@echo "make test-all                         the slow tests too"
 	@echo "make bench                            pytest bench/: kernels against ceilings and peers"
+	@echo "make docs                             the documentation, in build/docs"
 	@echo "make gpu [DRY=1]                      tests and benchmarks on a GPU; DRY=1 the same way through Triton's interpreter"
 	@echo "make fuzz [SECONDS=600]               random calls of the compiled operators under sanitizers, for SECONDS"
 
@@ -42,6 +43,10 @@ lint: setup
 
 bench: setup
 	$(PY) -m pytest bench/
+
+docs: setup
+	@$(PY) -c 'import latex2mathml, material, mkdocstrings_handlers.python' 2>/dev/null || $(PY) -m pip install -e '.[docs]'
+	$(PY) -m mkdocs build --strict
 
 # On a machine with a CUDA or ROCm device; the packages that are installed there are peers. DRY=1 goes the same way on a
 # CPU, through Triton's interpreter, with the few cases that it is fast enough for.

@@ -45,7 +45,7 @@ def flash_attn_func(
 
     Raises:
         NotImplementedError: another `dropout_p`, `window_size`, `alibi_slopes` or `return_attn_probs`; else as
-        `attention`.
+            `attention`.
     """
     options = _options(dropout_p, causal, window_size, softcap, alibi_slopes, return_attn_probs)
     return attention(q, k, v, scale=softmax_scale, **options)

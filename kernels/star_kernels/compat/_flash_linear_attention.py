@@ -152,7 +152,7 @@ def chunk_gated_delta_rule(
 
     Raises:
         NotImplementedError: `cp_context` or an unknown keyword; ValueError: HV is no multiple of H, `allow_neg_eigval`
-        without `use_beta_sigmoid_in_kernel`, or `use_gate_in_kernel` without `A_log`; else as `gated_delta_rule`.
+            without `use_beta_sigmoid_in_kernel`, or `use_gate_in_kernel` without `A_log`; else as `gated_delta_rule`.
     """
     use_gate, A_log, dt_bias = (kwargs.pop(name, None) for name in ("use_gate_in_kernel", "A_log", "dt_bias"))
     kwargs.pop("chunk_size", None)

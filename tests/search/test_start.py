@@ -17,6 +17,7 @@ from search.settings import PRESETS, SettingsError
 from search.start import read_start, read_starts
 from star_core import Genome, LanguageModel, ModelConfig
 from star_core.genome import transformer_pp
+from tests.search.test_run import PLAIN
 
 WINNER = Genome.parse("13.1.1.1.1-9.1.1.1.1")
 BASELINE = transformer_pp(2)
@@ -38,32 +39,7 @@ def test_a_search_begins_with_what_it_is_given(tmp_path: Path, capsys: pytest.Ca
     text.write_text("Fourscore and seven years ago our fathers brought forth a new nation.\n" * 200)
     first = winner(tmp_path / "first.safetensors")
     second = folder(tmp_path / "second", {"model_type": "star", "genome": str(BASELINE)})
-    arguments = [
-        "--preset",
-        "smoke",
-        "--population",
-        "4",
-        "--generations",
-        "2",
-        "--depth",
-        "2",
-        "--width",
-        "32",
-        "--head-dim",
-        "8",
-        "--tokens",
-        "512",
-    ]
-    arguments += [
-        "--seq-len",
-        "16",
-        "--batch-size",
-        "4",
-        "--objectives",
-        "perplexity,cache_bytes",
-        "--workers",
-        "inline",
-    ]
+    arguments = [*PLAIN, "--workers", "inline"]
     starts = ["--start", str(first), "--start", str(second), "--start", str(first)]
     assert run.main([*arguments, *starts, "--data", str(text), "--out", str(root)]) == 0
     assert "start 1" in capsys.readouterr().out

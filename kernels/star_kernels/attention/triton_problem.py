@@ -97,7 +97,7 @@ class Problem:
         """Return the default tile and how it is run; `kind` is "forward", "queries" or "keys"."""
         width = next_power_of_2(max(self.q[0].shape[3], self.v.shape[3]), 16)
         size, maps, width = self.v.element_size(), len(self.q), max(64, min(width, 512))
-        kinds = _FLOAT32.get((gpu_of(self.v).units, maps, width)) if size == 4 else None
+        kinds = _FLOAT32.get((gpu_of(self.v).matrix, maps, width)) if size == 4 else None
         block_q, block_k, warps, stages = (kinds or _TILES[size, maps, width])[_KINDS.index(kind)]
         return {"BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
 
@@ -120,12 +120,13 @@ _TILES: dict[tuple[int, int, int], tuple[tuple[int, int, int, int], ...]] = {
     **{(4, 2, width): ((16, 16, 8, 1),) * 3 for width in (64, 128, 256, 512)},
     **{(8, maps, width): ((64, 64, 4, 1),) * 3 for maps in (1, 2) for width in (64, 128, 256, 512)},
 }
-# Those of float32 that depend on where a product's factors lie: by `Gpu.units`, maps, and the widest of D and E.
+# Those of float32 that depend on the matrix instruction: by `Gpu.matrix`, maps, and the widest of D and E.
 _FLOAT32: dict[tuple[str, int, int], tuple[tuple[int, int, int, int], ...]] = {
-    ("registers", 1, 64): ((64, 16, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
-    ("registers", 1, 128): ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
-    ("shared", 1, 64): ((64, 16, 4, 1), (64, 16, 4, 1), (16, 64, 8, 1)),
-    ("shared", 1, 128): ((16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
+    ("mma.sync", 1, 64): ((64, 16, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    ("mma.sync", 1, 128): ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
+    ("wgmma", 1, 64): ((64, 16, 4, 1), (64, 16, 4, 1), (16, 64, 8, 1)),
+    ("tcgen05", 1, 64): ((128, 32, 8, 2), (64, 32, 8, 2), (16, 64, 8, 1)),
+    **{(matrix, 1, 128): ((16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)) for matrix in ("wgmma", "tcgen05")},
 }
 _KINDS = ("forward", "queries", "keys")
 

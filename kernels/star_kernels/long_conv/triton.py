@@ -60,6 +60,8 @@ class _Shape:
         self.block_columns = min(64, next_power_of_2(self.columns, 16))
         self.tap_columns = min(self.block_columns, 16 if gpu.units == "registers" else 32)
         self.options = {"VARLEN": cu_seqlens is not None, "ACC": accumulator(x), "BLOCK": _BLOCK}
+        # On tcgen05 a float32 product in two stages spills 24 bytes a thread, and in one or three nothing.
+        self.stages = 3 if gpu.matrix == "tcgen05" and x.element_size() > 2 else 2
         # 16 bytes of bfloat16 for each of 128 threads.
         warps = 2 if gpu.backend == "hip" else 4
         self.tiling = {"ACC": accumulator(x), "TILE": _TILE, "num_warps": warps}
@@ -77,7 +79,7 @@ def _launch_convolutions(
         convolutions, (blocks * shape.channels, 2 if convolve and dv is not None else 1), u, filter, y, dv, du, ends,
         shape.tokens, u.shape[2], shape.channels, shape.batch, shape.columns, blocks, shape.reach, shape.sequences,
         shape.search, *filter.stride(), CONVOLVE=convolve, TURN=dv is not None, COLUMNS=shape.block_columns,
-        STEP=shape.step, num_warps=8, **shape.options,
+        STEP=shape.step, num_warps=8, num_stages=shape.stages, **shape.options,
     )  # fmt: skip
     return y, du
 

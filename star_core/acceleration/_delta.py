@@ -69,10 +69,7 @@ def _offers(module: Any) -> list[Offer] | str:
     reason = lacks(module, "conv1d", "A_log", "dt_bias", "norm", "out_proj", "layer_idx") or defines(
         module, "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule", "causal_conv1d_fn"
     )
-    reason = reason or unserved_activation(module)
-    if reason is not None:
-        return reason
-    return [Offer(("causal_conv1d", "rms_norm", "gated_delta_rule"), forward)]
+    return reason or unserved_activation(module) or [Offer(("causal_conv1d", "rms_norm", "gated_delta_rule"), forward)]
 
 
 def _probe(module: Any, normal: Callable[..., Tensor]) -> Arguments:

@@ -109,10 +109,7 @@ def _offers(module: Any) -> list[Offer] | str:
     reason = lacks(
         module, "in_proj", "conv1d", "A_log", "D", "dt_bias", "norm", "out_proj", "layer_idx", "time_step_limit"
     ) or defines(module, "mamba2_chunk_scan", "mamba2_selective_state_update", "causal_conv1d_fn")
-    reason = reason or unserved_activation(module)
-    if reason is not None:
-        return reason
-    return [Offer(("causal_conv1d", "ssd"), forward)]
+    return reason or unserved_activation(module) or [Offer(("causal_conv1d", "ssd"), forward)]
 
 
 def _probe(module: Any, normal: Callable[..., Tensor]) -> Arguments:

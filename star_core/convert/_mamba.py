@@ -11,6 +11,7 @@ from star_core.config import ModelConfig
 from star_core.convert._weights import Names, Rows
 from star_core.genome import POOL, Genome, LIVGenes
 from star_core.liv.build import FEATURIZER_TAPS
+from star_core.liv.featurizer import step_rank
 
 _RECURRENCES = {
     cls.featurizer["B"].expansion: number
@@ -47,7 +48,7 @@ def mamba_genome(config: Any) -> Genome:
         "hidden_act": "silu",
         "conv_kernel": FEATURIZER_TAPS,
         "intermediate_size": POOL[number].featurizer["x"].expansion * width,
-        "time_step_rank": max(1, width // 16),
+        "time_step_rank": step_rank(width),
     }
     for name, value in needs.items():
         if (found := getattr(config, name)) != value:
@@ -78,7 +79,7 @@ def mamba_options(genome: Genome, config: ModelConfig) -> dict[str, Any]:
         "state_size": cls.featurizer["B"].expansion,
         "expand": cls.featurizer["x"].expansion,
         "conv_kernel": FEATURIZER_TAPS,
-        "time_step_rank": max(1, config.width // 16),
+        "time_step_rank": step_rank(config.width),
         "layer_norm_epsilon": config.norm_eps,
         "hidden_act": "silu",
         "use_bias": False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from difflib import get_close_matches
 from typing import Any, ClassVar
 
@@ -36,9 +37,8 @@ _COMMON = frozenset(
     # Generation's defaults have files of their own now; old ones may still lie in a configuration's.
     | GenerationConfig().to_dict().keys()
 )
-_SIZES = (
-    "width", "head_dim", "vocab_size", "time_scale", "rope_base", "norm_eps", "ffn_width", "qk_norm", "scale_embeddings"
-)  # fmt: skip
+# Under their own names; `tie_embeddings` is transformers' `tie_word_embeddings`.
+_SIZES = tuple(field.name for field in fields(ModelConfig) if field.name != "tie_embeddings")
 
 
 class StarConfig(PreTrainedConfig):

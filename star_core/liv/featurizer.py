@@ -125,8 +125,9 @@ class AttentionFeaturizer(nn.Module):
         self.convs = nn.ModuleDict(
             {name: ShortConv(count * head_dim, taps) for name, count in heads.items()} if taps else {}
         )
-        normed = [] if norm_eps is None else [name for name in ("q", "k") if name in heads]
-        self.norms = nn.ModuleDict({name: HeadNorm(head_dim, norm_eps or 0.0) for name in normed})
+        self.norms = nn.ModuleDict(
+            {} if norm_eps is None else {name: HeadNorm(head_dim, norm_eps) for name in ("q", "k") if name in heads}
+        )
 
     def state_spec(self, names: Collection[str], batch_size: int) -> dict[str, StateSpec]:
         """States of the short convolutions of the named groups."""
@@ -149,6 +150,11 @@ class AttentionFeaturizer(nn.Module):
         return {name: self.norms[name](group) if name in self.norms else group for name, group in split.items()}
 
 
+def step_rank(width: int) -> int:
+    """Return the rank of a selective recurrence's step sizes, Mamba's choice for a width."""
+    return max(1, width // 16)
+
+
 class RecurrenceFeaturizer(nn.Module):
     """Values, output gate, step sizes, B, C and A of a selective recurrence (classes 5 and 6).
 
@@ -166,7 +172,7 @@ class RecurrenceFeaturizer(nn.Module):
 
     def __init__(self, width: int, inner: int, state_size: int, groups: Sequence[str], taps: int) -> None:
         super().__init__()
-        self.dt_rank = max(1, width // 16)
+        self.dt_rank = step_rank(width)
         self.state_size = state_size
         self.project = GroupLinear(width, {"x": inner, "z": inner})
         self.conv = ShortConv(inner, taps, bias=True, activation="silu")

@@ -23,7 +23,7 @@ GPUS = {
     "tcgen05": Gpu("cuda", 100, 227 * 1024),
     "mfma": Gpu("hip", "gfx942", 64 * 1024),
 }
-LENGTH, HEADS, KEYS, VALUES = 21, 1, 72, 80  # two sequences, of which one is longer than a chunk of 16 tokens
+LENGTH, HEADS, KEYS, VALUES = 70, 1, 72, 80  # two sequences, of which one is longer than a chunk of 64 tokens
 
 
 def _memory(operator: str) -> Case:

@@ -20,7 +20,7 @@ STAR = "star"
 REFERENCE = "reference"
 """Ours in plain torch. It is compared with, but is no rival."""
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,8 @@ class Row:
         best_peer: On our row, the fastest rival; empty without one.
         ratio_to_best_peer: On our row, its `ratio`.
         peak_bytes: Largest sum of live tensors that one call made.
+        others_percent: Percent of the usable processors' time that others took while the case was measured; None where
+            the system does not tell.
         device: Processor or GPU.
         versions: torch's and ours.
         date: UTC, to the second.
@@ -88,6 +90,7 @@ class Row:
     best_peer: str
     ratio_to_best_peer: float | None
     peak_bytes: int
+    others_percent: float | None
     device: str
     versions: str
     date: str

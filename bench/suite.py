@@ -16,6 +16,7 @@ import star_kernels
 from bench._validation import MeasurementError, resolve_device
 from bench.cases import Case, Inputs, build
 from bench.ceilings import Ceiling, best_exp_ceiling, best_matmul_ceiling, copy_ceiling
+from bench.disturbance import calmest
 from bench.hardware import machine
 from bench.peers import DENSE_PEERS, Peer
 from bench.peers_installed import installed_peers
@@ -52,6 +53,8 @@ class Settings:
         slow_s: A provider whose call takes longer is measured apart, beside ours, in fewer samples.
         slow_samples: That many.
         longest_s: One whose call takes longer than this is not measured.
+        tries: Most times that a case is measured where others take processor time meanwhile.
+        disturbed: The share of the processors from which on it is measured again.
         device: Where.
     """
 
@@ -60,6 +63,8 @@ class Settings:
     slow_s: float = 0.25
     slow_samples: int = 3
     longest_s: float = 20.0
+    tries: int = 3
+    disturbed: float = 0.05
     device: str = "cpu"
 
 
@@ -113,8 +118,11 @@ def measure_case(case: Case, mode: str, settings: Settings) -> Outcome:
                 runs[name] = call(partial(public, **inputs.args, **inputs.options, backend=name))
         seconds, absent = _check(case, mode, runs)
         work = work_of(case, mode, inputs, outputs)
-        measured, percents = _time(runs, seconds, work, case, settings, absent, mode)
-    rows = _rows(case, mode, backend, work, measured, percents)
+        timed, ceilings = _choose(runs, seconds, work, case, settings, absent, mode)
+        (measured, percents), others = calmest(
+            lambda: _time(timed, ceilings, work, settings), tries=settings.tries, at_most=settings.disturbed
+        )
+    rows = _rows(case, mode, backend, work, measured, percents, others)
     return Outcome(rows, absent, runs[STAR], grad, measured[STAR].calls_per_sample)
 
 
@@ -220,7 +228,17 @@ def _require_agreement(what: str, got: Tensor, want: Tensor, dtype: torch.dtype)
     assert error <= _AGREEMENT[dtype] * scale, f"{what} differs from ours by {error:.2e} of {scale:.2e}"
 
 
-def _time(
+@dataclass(frozen=True)
+class _Timed:
+    """What is timed in turns, what apart since it is slow, and in how many samples."""
+
+    together: dict[str, Callable[[], Any]]
+    slow: dict[str, Callable[[], Any]]
+    order: tuple[str, ...]
+    samples: int
+
+
+def _choose(
     runs: dict[str, Callable[[], Any]],
     seconds: dict[str, float],
     work: Work,
@@ -228,9 +246,9 @@ def _time(
     settings: Settings,
     absent: list[Absent],
     mode: str,
-) -> tuple[dict[str, Measurement], dict[str, float]]:
-    """Return the measurements by provider, and ours as percent of each ceiling."""
-    timed: dict[str, Callable[[], Any]] = {}
+) -> tuple[_Timed, dict[str, Ceiling]]:
+    """Return what is to be timed, and beside which ceilings; a rival that takes too long is absent."""
+    together: dict[str, Callable[[], Any]] = {}
     slow: dict[str, Callable[[], Any]] = {}
     for name, run in runs.items():
         if name != STAR and seconds[name] > settings.longest_s:
@@ -239,21 +257,28 @@ def _time(
         elif name != STAR and seconds[name] > max(settings.slow_s, 4 * seconds[STAR]):
             slow[name] = run
         else:
-            timed[name] = run
-    ceilings = _ceilings(work, case.dtype, settings.device)
+            together[name] = run
     samples = settings.min_samples if seconds[STAR] < settings.slow_s else settings.slow_samples
-    measured = _measure({**timed, **{_key(name): one.run for name, one in ceilings.items()}}, samples, settings)
-    if slow:
-        once = {name: Provider(run, once=True) for name, run in slow.items()}
-        beside = _measure({STAR: runs[STAR], **once}, settings.slow_samples, settings)
-        measured |= {name: beside[name] for name in slow}
+    return _Timed(together, slow, tuple(runs), samples), _ceilings(work, case.dtype, settings.device)
+
+
+def _time(
+    timed: _Timed, ceilings: dict[str, Ceiling], work: Work, settings: Settings
+) -> tuple[dict[str, Measurement], dict[str, float]]:
+    """Return the measurements by provider, and ours as percent of each ceiling."""
+    beside = {_key(name): one.run for name, one in ceilings.items()}
+    measured = _measure({**timed.together, **beside}, timed.samples, settings)
+    if timed.slow:
+        once = {name: Provider(run, once=True) for name, run in timed.slow.items()}
+        apart = _measure({STAR: timed.together[STAR], **once}, settings.slow_samples, settings)
+        measured |= {name: apart[name] for name in timed.slow}
     # How long the ceilings would take for the same, of our time.
     percents = {
         bound: 100
         * sum(amount / ceilings[part].work * _ratio(measured[_key(part)]) for part, amount in amounts.items())
         for bound, amounts in _amounts(work).items()
     }
-    return {name: measured[name] for name in runs if name in measured}, percents
+    return {name: measured[name] for name in timed.order if name in measured}, percents
 
 
 def _measure(
@@ -304,7 +329,13 @@ def _ratio(measurement: Measurement) -> float:
 
 
 def _rows(
-    case: Case, mode: str, backend: str, work: Work, measured: dict[str, Measurement], percents: dict[str, float]
+    case: Case,
+    mode: str,
+    backend: str,
+    work: Work,
+    measured: dict[str, Measurement],
+    percents: dict[str, float],
+    others: float | None,
 ) -> list[Row]:
     binding = max(percents, key=lambda name: percents[name])
     rivals = {name: _ratio(one) for name, one in measured.items() if name not in (STAR, REFERENCE)}
@@ -340,6 +371,7 @@ def _rows(
             best_peer=best if name == STAR else "",
             ratio_to_best_peer=rivals.get(best) if name == STAR else None,
             peak_bytes=one.peak_bytes or 0,
+            others_percent=None if others is None else 100 * others,
             device=device,
             versions=versions(),
             date=date,

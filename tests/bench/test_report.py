@@ -47,6 +47,7 @@ def row(operator: str, provider: str, ratio: float = 1.0, **changes: Any) -> Row
         "best_peer": "",
         "ratio_to_best_peer": None,
         "peak_bytes": 10**6,
+        "others_percent": 0.0,
         "device": "a processor",
         "versions": "torch 2.13.0, star-arch 0.1.0",
         "date": "2026-01-02T03:04:05Z",
@@ -131,9 +132,12 @@ def test_results_come_back_as_they_were(tmp_path: Path) -> None:
 def test_a_busy_machine_and_impossible_speeds_are_said(tmp_path: Path) -> None:
     assert doubts(read_results(stored(tmp_path, *NORM))) == ""
     fast = row("swiglu", "star", percent_of_ceiling=126.0)
-    results = read_results(stored(tmp_path, *NORM, fast, load=3.0))
+    disturbed = row("geglu", "star", others_percent=15.1)
+    untold = row("reglu", "star", others_percent=None)
+    results = read_results(stored(tmp_path, *NORM, fast, disturbed, untold, load=3.0))
     load = "the load average was 3.0 before it began"
-    expected = f"Not to be trusted: {load}; 1 of our rows exceed their ceiling by more than 25 %."
+    above = "1 of our rows exceed their ceiling by more than 25 %"
+    expected = f"Not to be trusted: {load}; {above}; in 1 cases others took more than 15 % of the processors."
     assert doubts(results) == expected
     assert expected in as_markdown(results)
 
@@ -144,7 +148,7 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is not JSON"):
         read_results(path)
     path.write_text('{"format": 99}')
-    with pytest.raises(ValueError, match="is no result file of format 1; make one with `pytest bench/`"):
+    with pytest.raises(ValueError, match="is no result file of format 2; make one with `pytest bench/`"):
         read_results(path)
     content = json.loads(stored(tmp_path, *NORM).read_text())
     del content["rows"][0]["ratio"]

@@ -88,7 +88,7 @@ def genome_of(config: PreTrainedConfig) -> Genome:
     """
     if type(config) is Mamba2Config:
         raise ValueError(
-            "model: Mamba-2 has one decay for each head, and B and C through the short convolution, which no class of "
+            "config: Mamba-2 has one decay for each head, and B and C through the short convolution, which no class of "
             "the pool has; needs Mamba"
         )
     for architecture in _ARCHITECTURES.values():

@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from star_core.layers._state import State, check_input, convolve, depthwise
+from star_core.liv.featurizer import HeadNorm
 from star_core.ragged import Ragged, attention_mask_of
 from star_kernels import rms_norm, swiglu
 
 _CONVOLVED = ("q", "k", "v")
 
 
-class HeadNorm(nn.Module):
+class GatedHeadNorm(HeadNorm):
     """RMS norm of each head, and the gate after it where one is given.
 
     Args:
@@ -26,14 +27,14 @@ class HeadNorm(nn.Module):
     """
 
     def __init__(self, width: int, eps: float, *, affine: bool = True, sigmoid: bool = False) -> None:
-        super().__init__()
-        self.eps, self.sigmoid = eps, sigmoid
-        self.weight = nn.Parameter(torch.ones(width)) if affine else None
+        super().__init__(width, eps)
+        self.affine, self.sigmoid = affine, sigmoid
+        if not affine:
+            self.register_parameter("weight", None)
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """Normalise x, (..., width), and multiply by the activated gate, of the same shape."""
-        weight = x.new_ones(x.shape[-1:]) if self.weight is None else self.weight
-        normed = rms_norm(x, weight, eps=self.eps)
+        normed = super().forward(x) if self.affine else rms_norm(x, x.new_ones(x.shape[-1:]), eps=self.eps)
         if gate is None:
             return normed
         return normed * torch.sigmoid(gate) if self.sigmoid else swiglu(gate, normed)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from star_core.layers._fla import FlaLayer, HeadNorm
+from star_core.layers._fla import FlaLayer, GatedHeadNorm
 from star_core.layers._initialise import step_bias, undecayed
 from star_core.layers._state import State, check_divides, is_step, split_heads, unit_heads, whole
 from star_core.liv._base import state_dtype
@@ -84,7 +84,7 @@ class GatedDeltaNet(FlaLayer):
         if use_short_conv:
             self._make_convolutions((self.key_dim, self.key_dim, self.value_dim), conv_size, conv_bias)
         self.g_proj = nn.Linear(hidden_size, self.value_dim, bias=False) if use_gate else None
-        self.o_norm = HeadNorm(self.head_v_dim, norm_eps, sigmoid=output_gate_activation == "sigmoid")
+        self.o_norm = GatedHeadNorm(self.head_v_dim, norm_eps, sigmoid=output_gate_activation == "sigmoid")
         self.o_proj = nn.Linear(self.value_dim, hidden_size, bias=False)
 
     def _mix(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from star_core.layers._fla import FlaLayer, HeadNorm
+from star_core.layers._fla import FlaLayer, GatedHeadNorm
 from star_core.layers._state import State, check_divides, is_step, split_heads, whole
 from star_core.liv._base import state_dtype
 from star_kernels import gated_linear_attention, gated_linear_attention_step
@@ -117,7 +117,7 @@ class GatedLinearAttention(FlaLayer):
         )
         self.o_proj = nn.Linear(self.value_dim, hidden_size, bias=False)
         self.fuse_norm_and_gate = gate_fn == "swish" and fuse_norm and use_output_gate
-        norm = HeadNorm(self.head_v_dim, norm_eps, affine=bool(elementwise_affine))
+        norm = GatedHeadNorm(self.head_v_dim, norm_eps, affine=bool(elementwise_affine))
         self.add_module("g_norm_swish_gate" if self.fuse_norm_and_gate else "g_norm", norm)
 
     def _mix(self, x: Tensor, state: State | None, cu_seqlens: Tensor | None) -> Tensor:

@@ -207,19 +207,16 @@ class StarForCausalLM(StarPreTrainedModel, GenerationMixin):
         return copy
 
     def to_star(self) -> LanguageModel:
-        """Copy the model to a `LanguageModel`, whose `save` writes one file that `star_core.load` reads.
-
-        Raises:
-            ValueError: The output layer is not the embedding.
-        """
-        if self.lm_head.weight is not self.model.embed_tokens.weight:
-            raise ValueError("to_star: needs tied embeddings, got an output layer of its own")
-        sizes = replace(self.config.model_config(), tie_embeddings=True)
+        """Copy the model to a `LanguageModel`, whose `save` writes one file that `star_core.load` reads."""
+        tied = self.lm_head.weight is self.model.embed_tokens.weight
+        sizes = replace(self.config.model_config(), tie_embeddings=tied)
         copy = LanguageModel(self.config.parsed_genome(), sizes)
         copy.to(device=self.device, dtype=self.dtype)
         copy.backbone.load_state_dict(self.model.backbone.state_dict())
         with torch.no_grad():
             copy.embedding.copy_(self.model.embed_tokens.weight)
+            if copy.output is not None:
+                copy.output.copy_(self.lm_head.weight)
         return copy.train(self.training)
 
     def new_cache(self, batch_size: int, max_length: int) -> StarCache:

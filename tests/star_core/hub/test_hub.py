@@ -106,8 +106,11 @@ def test_resized_and_untied_embeddings(tmp_path: Path) -> None:
     apart.save_pretrained(tmp_path)
     read = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(read(prompts()).logits, apart(prompts()).logits)
-    with pytest.raises(ValueError, match="to_star: needs tied embeddings"):
-        apart.to_star()
+    star = apart.to_star()
+    assert torch.equal(star(prompts()), apart(prompts()).logits)
+    assert star.num_parameters() == apart.num_parameters()
+    star.save(tmp_path / "star.safetensors")
+    assert torch.equal(from_winner(tmp_path / "star.safetensors")(prompts()).logits, apart(prompts()).logits)
 
 
 def test_card_tells_the_genome_and_the_numbers(tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ class Backbone(nn.Module):
         attention_mask: Tensor | None = None,
         *,
         residuals: list[Tensor] | None = None,
+        starts: Tensor | None = None,
     ) -> Tensor:
         """Run `x` through every LIV and the final norm.
 
@@ -91,14 +92,15 @@ class Backbone(nn.Module):
                 computation, so that real tokens come out as without it, and gives zeros.
             residuals: Filled with the residual stream before each LIV and after the last, each [B, T, width]: `x`, and
                 then zeros where there is padding.
+            starts: [B, T], bool: tokens that begin a further sequence in their row, which sees nothing of those before.
         Returns:
             [B, T, width].
         Raises:
-            ValueError: The shape of `attention_mask`; a cache of another batch size, or without room. TypeError: The
-                dtype of `attention_mask`.
+            ValueError: The shape of `attention_mask`; a cache of another batch size, without room, or beside `starts`.
+                TypeError: The dtype of `attention_mask`.
         """
         batch, tokens, _ = x.shape
-        ragged = self._ragged(x, cache, attention_mask)
+        ragged = self._ragged(x, cache, attention_mask, starts)
         if ragged is None or ragged.cu_seqlens is None:
             y = self._run(x, cache, ragged, residuals)
         else:
@@ -109,13 +111,19 @@ class Backbone(nn.Module):
             cache.advance(tokens, ragged)
         return y
 
-    def _ragged(self, x: Tensor, cache: Cache | None, attention_mask: Tensor | None) -> Ragged | None:
+    def _ragged(
+        self, x: Tensor, cache: Cache | None, attention_mask: Tensor | None, starts: Tensor | None
+    ) -> Ragged | None:
         """Say where the tokens of `x` lie if the rows are not equally long, with and after them."""
         batch, tokens, _ = x.shape
         if cache is not None:
             cache.require_room(batch, 0)
         lengths = None if cache is None else cache.lengths
         mask = None if attention_mask is None else attention_mask_of(attention_mask, (batch, tokens), x.device)
+        if starts is not None:
+            if cache is not None:
+                raise ValueError("cache: needs None where a row holds several sequences, which have no decoding state")
+            return Ragged.pack(torch.ones_like(starts) if mask is None else mask, None, starts)
         if mask is None or bool(mask.all()):
             if cache is not None:
                 cache.require_room(batch, tokens)

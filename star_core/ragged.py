@@ -51,10 +51,17 @@ class Ragged:
         return cls(torch.arange(lengths.shape[0], device=lengths.device), lengths, longest + 1)
 
     @classmethod
-    def pack(cls, mask: Tensor, held: Tensor | None) -> Ragged:
-        """The new tokens that `mask` [B, T] bool keeps, behind the `held` (B,) int64 ones of each row."""
+    def pack(cls, mask: Tensor, held: Tensor | None, starts: Tensor | None = None) -> Ragged:
+        """The new tokens that `mask` [B, T] bool keeps, behind the `held` (B,) int64 ones of each row.
+
+        Where `starts` [B, T] is True, a row's next sequence begins: `cu_seqlens` has a boundary. None are held then.
+        """
         batch = mask.shape[0]
         rows, columns = mask.nonzero(as_tuple=True)
+        if starts is not None:
+            ends, positions = _sequences(rows, starts[rows, columns])
+            longest = int(ends.diff().max()) if rows.numel() else 0
+            return cls(rows, positions, longest, ends, columns, rows, positions, ends)
         counts = mask.sum(1)
         positions = (mask.cumsum(1) - 1)[rows, columns]
         ends = _boundaries(counts)
@@ -100,6 +107,16 @@ def attention_mask_of(mask: Tensor, shape: tuple[int, int], device: torch.device
             f"attention_mask: needs [B, T] = {list(shape)}, one entry for each token, got {list(mask.shape)}"
         )
     return mask.to(device=device, dtype=torch.bool)
+
+
+def _sequences(rows: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return boundaries and positions of tokens (N,), of which those where `starts` or a row does begin a sequence."""
+    begins = starts.clone()
+    begins[:1] = True
+    begins[1:] |= rows.diff() != 0
+    first = begins.nonzero().squeeze(1)
+    positions = torch.arange(rows.shape[0], device=rows.device) - first[begins.cumsum(0) - 1]
+    return F.pad(first, (0, 1), value=rows.shape[0]).to(torch.int32), positions
 
 
 def _boundaries(counts: Tensor) -> Tensor:

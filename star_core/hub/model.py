@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from star_core.hub.cache import StarCache
 from star_core.hub.card import write_card
 from star_core.hub.config import StarConfig
+from star_core.hub.packing import PACKING, sequence_starts
 from star_core.liv._base import OutputProjection, init_linear_
 from star_core.model import Backbone, LanguageModel
 from star_kernels import linear_cross_entropy
@@ -124,6 +125,7 @@ class StarModel(StarPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        starts: Tensor | None = None,
     ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Return the normed last hidden states.
 
@@ -137,10 +139,13 @@ class StarModel(StarPreTrainedModel):
             output_hidden_states: Whether to return the residual stream before each LIV, and the normed one after the
                 last. Default: the configuration's.
             return_dict: False for a tuple. Default: the configuration's.
+            starts: [B, T], bool: tokens that begin a further sequence in their row, as `sequence_starts` finds them.
+                There is no decoding state then.
         Returns:
             `last_hidden_state` [B, T, width], the cache, `hidden_states`.
         Raises:
-            ValueError: Both or neither of `input_ids` and `inputs_embeds`; shapes that do not fit.
+            ValueError: Both or neither of `input_ids` and `inputs_embeds`; shapes that do not fit; a cache where a row
+                holds several sequences.
             TypeError: A cache of another class; dtype of `attention_mask`.
         """
         if (input_ids is None) == (inputs_embeds is None):
@@ -148,6 +153,8 @@ class StarModel(StarPreTrainedModel):
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.config.scale_embeddings:
             x = x * self.config.width**0.5
+        if starts is not None and use_cache is None:
+            use_cache = False
         cache = self._cache(cache, use_cache, x)
         tokens = x.shape[1]
         if attention_mask is not None:
@@ -155,7 +162,7 @@ class StarModel(StarPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
         residuals: list[Tensor] | None = [] if output_hidden_states else None
-        h = self.backbone(x, cache, attention_mask, residuals=residuals)
+        h = self.backbone(x, cache, attention_mask, residuals=residuals, starts=starts)
         if cache is not None:
             cache.columns += tokens
         hidden_states = None if residuals is None else (*residuals[:-1], h)
@@ -236,9 +243,14 @@ class StarForCausalLM(StarPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
         skip_logits: bool | None = None,
+        position_ids: Tensor | None = None,
         **kwargs: Tensor | None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Return next-token logits and, given labels, the loss.
+
+        Rows may hold several sequences end to end, as `DataCollatorWithFlattening` makes them of a batch: nothing is
+        computed for padding, and logits, loss and gradients are those of the padded batch. No sequence sees another,
+        whatever the LIV class. There is no decoding state then.
 
         Args:
             input_ids: As `StarModel.forward`, like all that is not named here.
@@ -246,7 +258,7 @@ class StarForCausalLM(StarPreTrainedModel, GenerationMixin):
             cache: See there.
             inputs_embeds: See there.
             labels: [B, T], int64: the tokens themselves, which are shifted here; -100 does not count, nor does what
-                padding predicts (the first token behind left padding).
+                padding predicts (the first token behind left padding) or the sequence before in the row.
             use_cache: See there.
             output_hidden_states: See there.
             return_dict: See there.
@@ -254,16 +266,26 @@ class StarForCausalLM(StarPreTrainedModel, GenerationMixin):
             num_items_in_batch: Divide the sum of losses by this. Default: by the number of targets.
             skip_logits: Whether to leave out the logits, which the loss does not need: it never holds them all.
                 Default: where there are labels in training.
+            position_ids: [B, T] or [1, T], integers: where one is not the one before plus one, a further sequence
+                begins. They say nothing else: a token's place is counted from its sequence's first.
             kwargs: `shift_labels`, [B, T], int64: targets already shifted, in place of `labels`. Not a parameter of its
-                own, or `Trainer` would wait for it in every batch that it evaluates.
+                own, or `Trainer` would wait for it in every batch that it evaluates. `seq_idx`, `cu_seq_lens_q`,
+                `cu_seq_lens_k`: as `position_ids`, by the sequence that a token belongs to ([B, T]) or by boundaries
+                ([S + 1], from 0 to T; B = 1). `max_length_q`, `max_length_k`: not needed.
         Returns:
             `loss`, `logits` [B, T, vocab_size] float32, the cache, `hidden_states`.
         Raises:
             ValueError, TypeError: As `StarModel.forward`; an unknown argument.
         """
         shift_labels = kwargs.pop("shift_labels", None)
+        packing = {name: kwargs.pop(name) for name in PACKING if name in kwargs}
         if kwargs:
             raise TypeError(f"StarForCausalLM.forward: unexpected keyword argument {', '.join(map(repr, kwargs))}")
+        starts = None
+        if (given := input_ids if inputs_embeds is None else inputs_embeds) is not None:
+            shape = (given.shape[0], given.shape[1])
+            new = None if attention_mask is None else attention_mask[:, -shape[1] :]
+            starts = sequence_starts(shape, new, position_ids=position_ids, **packing)
         outputs = self.model(
             input_ids,
             attention_mask,
@@ -272,9 +294,12 @@ class StarForCausalLM(StarPreTrainedModel, GenerationMixin):
             use_cache,
             output_hidden_states,
             return_dict=True,
+            starts=starts,
         )
         h = outputs.last_hidden_state
         has_labels = labels is not None or shift_labels is not None
+        if starts is not None and labels is not None:
+            labels = labels.masked_fill(starts, -100)
         loss = self._loss(h, labels, shift_labels, attention_mask, num_items_in_batch) if has_labels else None
         logits = None
         if not (self.training and has_labels if skip_logits is None else skip_logits):

@@ -115,11 +115,24 @@ def train(model: StarForCausalLM, folder: Path, steps: int, resume: bool = False
     return model
 
 
+def ten_genomes() -> list[str]:
+    """Draw ten genomes of five LIVs that hold every class: each has two that the earlier ones lack, while some do."""
+    rng, drawn, missing = np.random.default_rng(0), [], set(POOL)
+    while len(drawn) < 10:
+        genome = random_genome(rng, 5, tuple(POOL))
+        found = missing & {genes.liv_class for genes in genome.livs}
+        if len(found) >= min(2, len(missing)):
+            drawn.append(str(genome))
+            missing -= found
+    assert not missing
+    return drawn
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_random_genomes_save_load_generate_train_and_resume(seed: int, tmp_path: Path) -> None:
     """What is loaded is what was saved, and four steps are two, a checkpoint and two more, to the bit."""
     pytest.importorskip("accelerate")
-    genome = str(random_genome(np.random.default_rng(seed), 5, tuple(POOL)))
+    genome = ten_genomes()[seed]
     model, tokens = make(genome, seed), prompts()
     model.save_pretrained(tmp_path / "saved")
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")

@@ -1,7 +1,12 @@
 """transformers' own generic tests of a model and of generation, where its sources are at hand.
 
 They are not part of its wheel. `TRANSFORMERS_SOURCE` names an unpacked source distribution (the model tests alone) or a
-clone (those of generation too) of the installed version.
+clone (those of generation too) of the installed version:
+
+    git clone --depth 1 --branch v5.24.0 https://github.com/huggingface/transformers CLONE
+    TRANSFORMERS_SOURCE=CLONE python -m pytest tests/star_core/hub/test_transformers_suite.py -rs
+
+Without a clone, test_generation.py and test_generation_interface.py hold what its GenerationTesterMixin asks for.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Measure models of transformers with and without `star_core.accelerate`, interleaved.
 
-    python -m bench.accelerate [ARCHITECTURE ...] [--metrics prefill decode train] [--tokens 1024] [--output STEM]
+    python -m bench.accelerate [ARCHITECTURE ...] [--metrics prefill decode train] [--tokens 1024] [--once mamba]
+        [--output STEM]
 
 Ratios are the untouched model's time over the accelerated one's: above 1, the accelerated model is faster. Needs the
 extra `hub`. What is measured is stored after every architecture, so that a run that ends early leaves what it has.
@@ -15,6 +16,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
+from time import perf_counter
 from typing import Any, Self
 
 import torch
@@ -42,7 +45,7 @@ class Line:
 
     Attributes:
         architecture: A key of `ARCHITECTURES`.
-        metric: "prefill", "decode" or "train".
+        metric: "prefill", "decode", "train", or "train, once" for a single step.
         tokens: Of a prompt (for decoding, of prompt and steps together) or of a training sequence.
         ours_ms: Median of the accelerated model.
         theirs_ms: The untouched model's, from it and the ratio.
@@ -138,6 +141,40 @@ def measure_architecture(
     return lines, report
 
 
+def train_once(name: str, size: Size = LARGE, *, tokens: int = 1024) -> Line:
+    """Time a single training step of the untouched model beside the median of three accelerated ones.
+
+    For what transformers trains too slowly to be repeated; a step of few tokens goes before both.
+
+    Args:
+        name: A key of `ARCHITECTURES`.
+        size: Of the model.
+        tokens: Of the training sequence.
+    """
+    from star_core import accelerate
+
+    untouched = build(name, size)
+    accelerated = copy.deepcopy(untouched)
+    accelerate(accelerated)
+    data = torch.randint(size.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    for model in (accelerated, untouched):
+        _train_step(model, data[:, :32])
+    ours_ms = median(_train_step(accelerated, data) for _ in range(3))
+    theirs_ms = _train_step(untouched, data)
+    ratio = theirs_ms / ours_ms
+    return Line(name, "train, once", tokens, ours_ms, theirs_ms, ratio, ratio, ratio)
+
+
+def _train_step(model: Any, tokens: Tensor) -> float:
+    """Return the milliseconds of a loss and its gradients."""
+    model.train()
+    started = perf_counter()
+    model(tokens, labels=tokens, use_cache=False).loss.backward()
+    taken = 1000 * (perf_counter() - started)
+    model.zero_grad()
+    return taken
+
+
 def markdown(lines: Sequence[Line], title: str) -> str:
     """Return the table as text."""
     head = ["| architecture | use | tokens | untouched, ms | accelerated, ms | ratio | 20 to 80 % |"]
@@ -183,11 +220,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--vocab-size", type=int, default=LARGE.vocab_size)
     parser.add_argument("--seconds", type=float, default=6.0, help="sampling time of each number")
+    parser.add_argument("--once", nargs="+", default=[], metavar="NAME", help="add a single training step at --tokens")
     parser.add_argument("--output", type=Path, help="without suffix; default: bench/results/DATE-MACHINE-accelerate")
     options = parser.parse_args(arguments)
     unknown = [name for name in options.architectures if name not in ARCHITECTURES]
     if unknown:
         parser.error(f"architectures: needs some of {', '.join(ARCHITECTURES)}, got {', '.join(unknown)}")
+    names = options.architectures or list(ARCHITECTURES)
+    if left_out := [name for name in options.once if name not in names]:
+        parser.error(f"--once: needs some of {', '.join(names)}, got {', '.join(left_out)}")
     default = Path(__file__).parent / "results" / f"{now()[:10]}-{short_name()}-accelerate"
     stem: Path = options.output or default
     size = replace(LARGE, vocab_size=options.vocab_size)
@@ -201,13 +242,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.manual_seed(0)
     lines: list[Line] = []
     reports: dict[str, str] = {}
-    for name in options.architectures or ARCHITECTURES:
+    for name in names:
         found, reports[name] = measure_architecture(
             name, size, metrics=options.metrics, tokens=options.tokens, seconds=options.seconds
         )
-        for one in found:
-            print(f"{name:18} {one.metric:8} {one.tokens:5} tokens  x {one.ratio:.2f}", flush=True)
+        if name in options.once:
+            found.append(train_once(name, size, tokens=options.tokens))
         lines += found
+        for one in found:
+            print(f"{name:18} {one.metric:12} {one.tokens:5} tokens  x {one.ratio:.2f}", flush=True)
         _store(stem, size, lines, reports, options.seconds)
     print(markdown(lines, _title(size)))
     return 0

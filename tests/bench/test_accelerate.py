@@ -45,10 +45,29 @@ def test_the_command_stores_what_it_prints(
     assert stem.with_suffix(".md").read_text() in printed
 
 
+def test_a_step_that_is_too_slow_to_repeat_is_taken_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bench.accelerate.LARGE", TINY)
+    arguments = ["mamba", "lfm2", "--once", "mamba", "--metrics", "prefill", "--tokens", "16", "--seconds", "0.05"]
+    assert main([*arguments, "--vocab-size", "97", "--output", str(tmp_path / "run")]) == 0
+    lines = [Line(**one) for one in json.loads((tmp_path / "run.json").read_text())["lines"]]
+    expected = [("mamba", "prefill"), ("mamba", "train, once"), ("lfm2", "prefill")]
+    assert [(one.architecture, one.metric) for one in lines] == expected
+    once = lines[1]
+    assert once.tokens == 16
+    assert once.ours_ms > 0
+    assert once.ratio == once.ratio_low == once.ratio_high == pytest.approx(once.theirs_ms / once.ours_ms)
+    assert "train, once" in capsys.readouterr().out
+
+
 def test_an_unknown_architecture_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["lama"])
     assert "got lama" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["lfm2", "--once", "mamba"])
+    assert "--once: needs some of lfm2, got mamba" in capsys.readouterr().err
 
 
 def test_the_table_puts_the_untouched_model_first() -> None:

@@ -16,11 +16,20 @@ from rich.console import Console
 from bench.harness import machine
 from search.data import Corpus, DataError, load_corpus
 from search.driver import search
+from search.ranking import Ranking, Term
 from search.report import print_front, write_report
 from search.report_metrics import format_seconds
 from search.settings import OBJECTIVES, PRESETS, Settings, SettingsError, nearest
 from search.start import read_starts
-from search.store import Evaluation, RunFolderError, Status, Store, read_json, write_json
+from search.store import (
+    Evaluation,
+    RunFolderError,
+    Store,
+    is_feasible,
+    read_json,
+    sentence_without_front,
+    write_json,
+)
 from search.view import View
 from search.workers import make_workers
 
@@ -51,6 +60,21 @@ def parser() -> argparse.ArgumentParser:
     option = made.add_argument
     option("--preset", choices=list(PRESETS), help="settings to begin with (default: laptop)")
     option("--objectives", type=_names, metavar="A,B", help=f"two to five of: {', '.join(OBJECTIVES)}")
+    option(
+        "--budget",
+        type=_names,
+        action="extend",
+        metavar="TERM",
+        help="what every winner keeps, such as 'parameters<=2e6' or 'decode_ms_per_token<=2,perplexity<=9', on any "
+        "name that --objectives knows; genomes that break a limit on parameters or cache_bytes are not trained "
+        "(repeatable)",
+    )
+    option(
+        "--epsilon",
+        type=float,
+        metavar="X",
+        help="fraction up to which two measured times can count as equal, so that noise decides less (default: 0.02)",
+    )
     option("--population", type=int, metavar="N", help="genomes in a generation")
     option("--generations", type=int, metavar="N", help="generations, the initial one included")
     option("--depth", type=int, metavar="N", help="LIVs in a genome")
@@ -97,6 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         given = _parse(argv)
         if "start" in given:
             given["start"] = list(read_starts(given["start"]))
+        if "budget" in given:
+            given["budget"] = _terms(given["budget"])
         resume = given.pop("resume", False)
         root = given.pop("out", None) or (_newest_run() if resume else _new_run(given.get("preset", "laptop")))
         if resume:
@@ -133,6 +159,14 @@ def _parse(argv: Sequence[str] | None) -> dict[str, Any]:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _terms(texts: Sequence[str]) -> list[str]:
+    """Write the terms of a budget in the one way that a run compares them in, each once."""
+    try:
+        return list(dict.fromkeys(str(Term.parse(text)) for text in texts))
+    except ValueError as error:
+        raise UsageError(f"--{error}") from error
 
 
 def _settings(given: dict[str, Any]) -> Settings:
@@ -199,13 +233,14 @@ def _go(settings: Settings, store: Store, corpus: Corpus, console: Console) -> N
     console.print(
         f"{settings.preset}: {settings.generations} generations of {settings.population} genomes "
         f"of {settings.depth} LIVs, width {settings.width}; {settings.tokens:,} tokens of {corpus.name} each; "
-        f"minimising {', '.join(settings.objectives)}; in {store.root}",
+        f"minimising {', '.join(settings.objectives)}"
+        f"{' within ' + ', '.join(settings.budget) if settings.budget else ''}; in {store.root}",
         soft_wrap=True,
         highlight=False,
     )
 
     def on_generation() -> None:
-        store.keep_front(settings.objectives)
+        store.keep_front(settings.ranking)
         write_report(store.root)
 
     workers = make_workers(settings.workers)
@@ -215,7 +250,7 @@ def _go(settings: Settings, store: Store, corpus: Corpus, console: Console) -> N
     finally:
         workers.close()
     print_front(store.root, console)
-    console.print(_gain(store.evaluations()), highlight=False)
+    console.print(_gain(store.evaluations(), settings.ranking), highlight=False)
     console.print(
         f"{format_seconds(time.monotonic() - started)}. "
         f"Report: {store.root / 'report.html'}   trained winners: {store.best}/",
@@ -224,11 +259,13 @@ def _go(settings: Settings, store: Store, corpus: Corpus, console: Console) -> N
     )
 
 
-def _gain(evaluations: Sequence[Evaluation]) -> str:
-    """Say what evolution gained in perplexity over the initial population."""
-    scored = [e for e in evaluations if e.kind == "candidate" and e.status is Status.OK]
+def _gain(evaluations: Sequence[Evaluation], ranking: Ranking) -> str:
+    """Say what evolution gained in perplexity over the initial population, among what keeps the budget."""
+    scored = [e for e in evaluations if is_feasible(e, ranking)]
     initial = [e.metrics["perplexity"] for e in scored if e.generation == 0]
+    if not scored:
+        return sentence_without_front(evaluations, ranking)
     if not initial:
-        return "No genome of the initial population could be evaluated."
+        return "No genome of the initial population could be evaluated, or none keeps the budget."
     best = min(e.metrics["perplexity"] for e in scored)
     return f"Best perplexity {best:.3f}; the initial population's best was {min(initial):.3f}."

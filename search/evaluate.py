@@ -130,6 +130,23 @@ def run_task(task: Task, report: Callable[[int, float], None] | None = None) -> 
     return outcome
 
 
+def count_metrics(genome: Genome, settings: Settings, vocab_size: int) -> dict[str, float]:
+    """Return the metrics of `search.ranking.COUNTED_BEFORE` without allocating the model.
+
+    Raises:
+        ValueError: The genome does not fit the sizes.
+    """
+    with torch.device("meta"):
+        return _counts(LanguageModel(genome, settings.model_config(vocab_size)), settings)
+
+
+def _counts(model: LanguageModel, settings: Settings) -> dict[str, float]:
+    return {
+        "parameters": float(model.num_parameters()),
+        "cache_bytes": float(model.cache_bytes(1, settings.seq_len)),
+    }
+
+
 def _model_config(task: Task, corpus: Corpus) -> ModelConfig:
     return task.settings.model_config(corpus.vocab_size)
 
@@ -143,12 +160,7 @@ def _train(task: Task, started: float, report: Callable[[int, float], None] | No
         return Outcome(Status.INVALID, {}, time.monotonic() - started, str(error))
     deadline = started + settings.timeout_seconds
     result = train(model, corpus, settings.train_config(), seed=task.seed, deadline=deadline, on_step=report)
-    metrics = {
-        "perplexity": result.perplexity,
-        "bits_per_byte": result.bits_per_byte,
-        "parameters": float(model.num_parameters()),
-        "cache_bytes": float(model.cache_bytes(1, settings.seq_len)),
-    }
+    metrics = {"perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte, **_counts(model, settings)}
     if settings.timed:
         peak = _peak_bytes(model, settings)
         reference_peak = _reference_peak_bytes(task, model.config)

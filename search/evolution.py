@@ -33,15 +33,17 @@ class Member:
 
     Attributes:
         candidate: The parameter that was asked; its value is what was evaluated.
-        losses: What was told, [objectives], fp64.
+        losses: What was told, [objectives], fp64; NaN where a candidate that breaks a constraint has none.
         rank: Front inside the population, 0 the best.
         crowding: Crowding distance inside that front.
+        violation: By how much it breaks the constraints, 0 for not at all.
     """
 
     candidate: ng.p.Parameter
     losses: nsga2.FloatArray
     rank: int
     crowding: float
+    violation: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class _Told:
     order: int
     candidate: ng.p.Parameter
     losses: nsga2.FloatArray
+    violation: float
 
 
 class NSGA2(Optimizer):  # type: ignore[misc]  # nevergrad ships no types
@@ -128,6 +131,7 @@ class NSGA2(Optimizer):  # type: ignore[misc]  # nevergrad ships no types
         self.population_size = population_size
         self._seen: set[Hashable] = set()
         self._in_flight: dict[str, tuple[int, ng.p.Parameter]] = {}
+        self._telling = (np.zeros(0), 0.0)  # losses and violation of the candidate that is being told
         self._next_order = 0
         self._alive: list[_Told] = []
         self._standing: nsga2.Survivors | None = None  # of _alive; None once something was told
@@ -143,7 +147,7 @@ class NSGA2(Optimizer):  # type: ignore[misc]  # nevergrad ships no types
         return _members(*self._survivors())
 
     def front(self) -> list[Member]:
-        """Return the non-dominated of all candidates told so far, oldest ask first.
+        """Return the non-dominated of all candidates told so far that break no constraint, oldest ask first.
 
         Not all of them are in the population: it has `population_size` places, and with four or five objectives a
         search finds more.
@@ -228,8 +232,8 @@ class NSGA2(Optimizer):  # type: ignore[misc]  # nevergrad ships no types
     def tell(
         self,
         candidate: ng.p.Parameter,
-        loss: float | Sequence[float] | nsga2.FloatArray,
-        constraint_violation: None = None,
+        loss: float | Sequence[float] | nsga2.FloatArray | None,
+        constraint_violation: float | Sequence[float] | nsga2.FloatArray | None = None,
         penalty_style: None = None,
     ) -> None:
         """Take in the losses of a candidate.
@@ -237,24 +241,30 @@ class NSGA2(Optimizer):  # type: ignore[misc]  # nevergrad ships no types
         Args:
             candidate: One that `ask` gave out (or a pickled copy of it), or a new one spawned from the parametrization,
                 whose value was never asked.
-            loss: One finite number an objective.
-            constraint_violation: Not supported: a candidate over a budget is to be discarded.
-            penalty_style: Not supported.
+            loss: One finite number an objective. None where they are not known, which takes a violation.
+            constraint_violation: By how much the candidate breaks each constraint, or all of them together, in units
+                that add up; 0 or less for a constraint that holds. What breaks none is better than all that break one,
+                and of those the smaller sum is better (constraint domination, Deb et al. 2002, section VI).
+            penalty_style: Not supported: nothing is added to a loss.
 
         Raises:
             TypeError: `candidate` is not of the parametrization's class.
-            ValueError: a loss is not finite, there are too few or too many, the candidate was told or discarded before,
-                or an argument that is not supported is given. Nothing is changed then.
+            ValueError: a loss or violation is not finite, there are too few losses or too many, or none and no
+                violation, the candidate was told or discarded before, or an argument that is not supported is given.
+                Nothing is changed then.
         """
-        if constraint_violation is not None or penalty_style is not None:
-            raise ValueError(
-                "constraint_violation, penalty_style: not supported; discard a candidate that breaks a budget"
-            )
-        losses = self._check_told(loss)
+        if penalty_style is not None:
+            raise ValueError("penalty_style: not supported; constraints are compared, no penalty is added to a loss")
+        violation = _check_violation(constraint_violation)
+        if loss is None and not violation:
+            raise ValueError("loss: need one number an objective of a candidate that breaks no constraint, got None")
+        losses = np.full(self.num_objectives, np.nan) if loss is None else self._check_told(loss)
         self._check_unsettled(candidate)
         if candidate.uid not in self._in_flight:
             self._seen.add(candidate.get_value_hash())
-        super().tell(candidate, losses if len(losses) > 1 else float(losses[0]))
+        self._telling = (losses, violation)
+        # A violation keeps nevergrad from recommending the candidate; the penalty that it adds is not looked at.
+        super().tell(candidate, losses if len(losses) > 1 else [float(losses[0])], violation or None)
 
     def discard(self, candidate: ng.p.Parameter) -> None:
         """Free a candidate that failed or was lost. It never enters the population, and its value is not asked again.
@@ -283,9 +293,11 @@ class NSGA2(Optimizer):  # type: ignore[misc]  # nevergrad ships no types
 
     def _internal_tell_candidate(self, candidate: ng.p.Parameter, loss: float) -> None:
         order = self._in_flight.pop(candidate.uid)[0] if candidate.uid in self._in_flight else self._take_order()
-        told = _Told(order, candidate, np.array(candidate.losses, dtype=np.float64))
+        told = _Told(order, candidate, *self._telling)
         self._alive.append(told)
         self._standing = None
+        if told.violation:
+            return
         losses = _stack(self._front, self.num_objectives)
         if not nsga2.dominate(losses, told.losses[None]).any():
             beaten = nsga2.dominate(told.losses[None], losses)
@@ -325,7 +337,10 @@ class NSGA2(Optimizer):  # type: ignore[misc]  # nevergrad ships no types
         if self._standing is not None:
             return self._alive, self._standing
         everyone = sorted(self._alive, key=lambda told: told.order)
-        standing = nsga2.survive(_stack(everyone, self.num_objectives), self.population_size)
+        violations = np.array([told.violation for told in everyone])
+        standing = nsga2.survive(
+            _stack(everyone, self.num_objectives), self.population_size, violations if violations.any() else None
+        )
         return [everyone[i] for i in standing.indices], standing
 
     def _take_if_new(self, candidate: ng.p.Parameter) -> bool:
@@ -370,4 +385,16 @@ def _stack(told: Sequence[_Told], num_objectives: int) -> nsga2.FloatArray:
 
 def _members(told: Sequence[_Told], standing: nsga2.Survivors) -> list[Member]:
     rows = zip(told, standing.ranks, standing.crowding, strict=True)
-    return [Member(one.candidate, one.losses, int(rank), float(distance)) for one, rank, distance in rows]
+    return [
+        Member(one.candidate, one.losses, int(rank), float(distance), one.violation) for one, rank, distance in rows
+    ]
+
+
+def _check_violation(violation: float | Sequence[float] | nsga2.FloatArray | None) -> float:
+    """Return the sum of what is above 0."""
+    if violation is None:
+        return 0.0
+    terms = np.atleast_1d(np.asarray(violation, dtype=np.float64))
+    if not np.isfinite(terms).all():
+        raise ValueError(f"constraint_violation: need finite numbers, got {terms.tolist()}")
+    return float(np.maximum(terms, 0.0).sum())

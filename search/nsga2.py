@@ -7,7 +7,8 @@ hypervolume come from moocore; points with equal losses are counted once in the 
 extreme point do not all become immortal; the front that does not fit is thinned one point at a time, the distances
 being recomputed after each removal, since one cut with stale distances throws away whole neighbourhoods (Kukkonen and
 Deb, "Improved pruning of non-dominated solutions based on crowding distance for bi-objective optimization problems",
-IEEE CEC 2006).
+IEEE CEC 2006). Constraints enter as violations, by constraint domination (Deb et al. 2002, section VI): see
+`constrained_ranks`.
 
 Losses are an array [points, objectives], fp64, finite, every objective minimised.
 """
@@ -76,6 +77,32 @@ def pareto_ranks(losses: npt.ArrayLike) -> IntArray:
     return np.asarray(moocore.pareto_rank(array), dtype=np.int64)
 
 
+def constrained_ranks(losses: npt.ArrayLike, violations: npt.ArrayLike) -> IntArray:
+    """Number the fronts where some points break constraints.
+
+    Source: constraint domination, Deb et al. 2002, section VI: a point without violation dominates every one with, and
+    of two with violation the one with the smaller dominates, whatever their losses.
+
+    Args:
+        losses: [points, objectives], minimised; of points with a violation any number will do.
+        violations: By how much each point breaks the constraints, [points], 0 for not at all.
+
+    Returns:
+        The front of each point, [points], int64: the fronts of those without violation, and then one front for each
+        violation that occurs, ascending.
+
+    Raises:
+        ValueError: as `check_losses`.
+    """
+    array, broken = check_losses(losses), np.asarray(violations, dtype=np.float64)
+    ranks = np.zeros(len(array), dtype=np.int64)
+    feasible = broken == 0
+    ranks[feasible] = pareto_ranks(array[feasible])
+    behind = int(ranks[feasible].max()) + 1 if feasible.any() else 0
+    ranks[~feasible] = behind + np.unique(broken[~feasible], return_inverse=True)[1]
+    return ranks
+
+
 def crowding_distances(losses: npt.ArrayLike) -> FloatArray:
     """Measure how alone each point of one front is: the sum over objectives of the gap between its two neighbours.
 
@@ -132,7 +159,7 @@ def crowding_by_front(losses: npt.ArrayLike, ranks: IntArray) -> FloatArray:
     return distances
 
 
-def survive(losses: npt.ArrayLike, size: int) -> Survivors:
+def survive(losses: npt.ArrayLike, size: int, violations: npt.ArrayLike | None = None) -> Survivors:
     """Keep the best `size` points: whole fronts first, and of the front that does not fit the least crowded points.
 
     Parents and children go in together, which is what makes NSGA-II elitist (Deb et al. 2002, section III-C).
@@ -140,6 +167,9 @@ def survive(losses: npt.ArrayLike, size: int) -> Survivors:
     Args:
         losses: [points, objectives], minimised.
         size: How many to keep; all of them are kept where there are no more.
+        violations: By how much each point breaks the constraints, [points], see `constrained_ranks`. Default: none
+            does. Points with a violation are told apart by it alone: their losses may be NaN, and crowding is not
+            looked at.
 
     Returns:
         The survivors, in the order of the rows. The same rows in another order give the same survivors, full ties
@@ -150,8 +180,13 @@ def survive(losses: npt.ArrayLike, size: int) -> Survivors:
     """
     if size < 1:
         raise ValueError(f"size: need 1 or more, got {size}")
-    array = check_losses(losses)
-    ranks = pareto_ranks(array)
+    if violations is None:
+        array = check_losses(losses)
+        ranks = pareto_ranks(array)
+    else:
+        # All equal where they must not count.
+        array = np.where(np.asarray(violations)[:, None] > 0, 0.0, np.asarray(losses, dtype=np.float64))
+        ranks = constrained_ranks(array, violations)
     if len(array) > size:
         counts = np.bincount(ranks)
         before = np.cumsum(counts) - counts

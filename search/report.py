@@ -10,6 +10,7 @@ from search.report_data import read_run
 from search.report_page import render_page
 from search.report_scatter import write_front_image
 from search.report_table import FrontRow, rows_of, terminal_table
+from search.store import sentence_without_front
 
 __all__ = ["FrontRow", "front_table", "print_front", "write_front_image", "write_report"]
 
@@ -51,6 +52,6 @@ def print_front(run_dir: Path, console: Console) -> None:
     """
     run = read_run(Path(run_dir))
     if not run.front:
-        console.print("No candidate has succeeded yet, so there is no front to show.")
+        console.print(sentence_without_front(run.candidates, run.ranking), soft_wrap=True, highlight=False)
     if run.front or run.baselines:
         console.print(terminal_table(run))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,9 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from search.nsga2 import FloatArray, hypervolume, non_dominated
+from search.nsga2 import FloatArray, hypervolume
+from search.ranking import Ranking
 from search.report_metrics import needs_log_axis
-from search.store import Evaluation, Status
+from search.store import Evaluation, Status, front_of
 
 BoolArray = npt.NDArray[np.bool_]
 # The reference point lies a tenth of the box outside it, so that the extreme members of a front count too.
@@ -43,9 +45,21 @@ class Run:
         return evaluation.status is Status.OK and all(name in evaluation.metrics for name in self.objectives)
 
     @property
+    def ranking(self) -> Ranking:
+        """How the run compares its candidates."""
+        return Ranking.from_config(self.config)
+
+    @property
     def scored(self) -> tuple[Evaluation, ...]:
-        """The candidates with a number for every objective."""
-        return tuple(candidate for candidate in self.candidates if self.is_scored(candidate))
+        """The candidates with a number for every objective that keep the budget."""
+        ranking = self.ranking
+        return tuple(c for c in self.candidates if self.is_scored(c) and ranking.violation(c.metrics) == 0)
+
+    @property
+    def over_budget(self) -> int:
+        """How many candidates were trained and measured, and break the budget."""
+        ranking = self.ranking
+        return sum(c.status is Status.OK and ranking.violation(c.metrics) > 0 for c in self.candidates)
 
     @property
     def scored_baselines(self) -> tuple[Evaluation, ...]:
@@ -103,17 +117,9 @@ def read_run(run_dir: Path) -> Run:
         front=(),
     )
     front_path = run_dir / "front.json"
-    members = _front_from_file(front_path, run) if front_path.exists() else find_front(run.scored, run.objectives)
+    members = _front_from_file(front_path, run) if front_path.exists() else front_of(run.scored, run.ranking)
     first = run.objectives[0]
     return replace(run, front=tuple(sorted(members, key=lambda member: (member.metrics[first], member.genome_hash))))
-
-
-def find_front(evaluations: Sequence[Evaluation], objectives: Sequence[str]) -> tuple[Evaluation, ...]:
-    """Keep the evaluations that no other one dominates; all objectives are minimised, equal points all stay."""
-    if not evaluations:
-        return ()
-    keep = non_dominated(_matrix(evaluations, objectives))
-    return tuple(evaluation for evaluation, kept in zip(evaluations, keep, strict=True) if kept)
 
 
 def follow_progress(run: Run) -> Progress | None:
@@ -127,7 +133,7 @@ def follow_progress(run: Run) -> Progress | None:
         return None
     generations = run.generations
     initial = [member for member in scored if member.generation == min(c.generation for c in scored)]
-    corners = [*find_front(scored, objectives), *find_front(initial, objectives), *run.scored_baselines]
+    corners = [*front_of(scored, run.ranking), *front_of(initial, run.ranking), *run.scored_baselines]
     box = _matrix(corners, objectives)
     log_scaled = np.array([needs_log_axis(column.tolist()) for column in box.T])
     low, high = _bend(box, log_scaled).min(axis=0), _bend(box, log_scaled).max(axis=0)
@@ -179,8 +185,10 @@ def count_failures(evaluations: Iterable[Evaluation]) -> list[tuple[str, str, in
     groups: Counter[tuple[str, str]] = Counter()
     for evaluation in evaluations:
         if evaluation.status is not Status.OK:
-            lines = (evaluation.error or "").strip().splitlines()
-            groups[evaluation.status, lines[0] if lines else "no reason recorded"] += 1
+            lines = (evaluation.error or "").strip().splitlines() or ["no reason recorded"]
+            # Which terms of the budget are broken is the group; by what numbers, is each genome's own.
+            reason = re.sub(r": is [^,]+", "", lines[0]) if evaluation.status is Status.OVER_BUDGET else lines[0]
+            groups[evaluation.status, reason] += 1
     return [(status, reason, count) for (status, reason), count in groups.most_common()]
 
 

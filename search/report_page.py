@@ -21,7 +21,7 @@ from search.report_figures import best_figure, curve_figure, front_figure, hyper
 from search.report_metrics import Column, format_seconds, humanise, list_facts, order_metrics
 from search.report_scatter import NUMBERED_FRONT, choose_pairs, columns_of, draw_pair, read_template
 from search.report_table import FrontRow, best_value, columns_of_rows, rows_of
-from search.store import Evaluation, Status
+from search.store import Evaluation, Status, sentence_without_front
 from star_core.genome import POOL, Genome
 
 # More would not be told apart in the drawing; a run of 18 generations seldom needs as many.
@@ -70,7 +70,8 @@ def render_page(run: Run) -> str:
 def _run_context(run: Run) -> dict[str, Any]:
     """Describe the run itself: what was searched, where, with what budget, and how it went."""
     config, done = run.config, len(run.generations)
-    failed = sum(candidate.status is not Status.OK for candidate in run.candidates)
+    untrained = sum(candidate.status is Status.OVER_BUDGET for candidate in run.candidates)
+    failed = sum(candidate.status is not Status.OK for candidate in run.candidates) - untrained
     planned = config.get("generations", done)
     of_planned = f" of {planned} planned" if isinstance(planned, int) and planned > done else ""
     labels = dict.fromkeys(column.label.lower() for column in columns_of(run, run.objectives).values())
@@ -80,7 +81,10 @@ def _run_context(run: Run) -> dict[str, Any]:
         "title": f"Searching for low {_join([*labels])}",
         "run_name": run.directory.resolve().name,
         "lead": f"{_count(len(run.candidates), 'candidate')} in {_count(done, 'generation')}{of_planned}: "
-        f"{len(run.candidates) - failed} trained and measured, {failed} failed, {len(run.front)} on the front. "
+        f"{f'{untrained} over the budget and not trained, ' if untrained else ''}"
+        f"{len(run.candidates) - failed - untrained} trained and measured, {failed} failed, {len(run.front)} on the "
+        "front. "
+        f"{'' if run.front or not run.ranking.budget else sentence_without_front(run.candidates, run.ranking) + ' '}"
         f"{_count(len(run.baselines), 'baseline')} beside them. {format_seconds(seconds)} of work in all.",
         "machine": list_facts(config.get("machine") or {}),
         "settings": list_facts({key: value for key, value in config.items() if key not in ("machine", "objectives")}),
@@ -89,7 +93,9 @@ def _run_context(run: Run) -> dict[str, Any]:
         "outcomes": [{"status": status.value, "count": count} for status, count in counts.items()],
         "outcome_summary": ", ".join(f"{status.value} {count}" for status, count in counts.items()),
         "failures": count_failures((*run.candidates, *run.baselines)),
-        "unscored": counts[Status.OK] - len(run.scored),
+        "unscored": counts[Status.OK] - len(run.scored) - run.over_budget,
+        "over_budget": run.over_budget,
+        "budget": [str(term) for term in run.ranking.budget],
         "load_snippet": _load_snippet(run) if run.front else None,
         "resume_snippet": f"python -m search.run --resume --out {shlex.quote(str(run.directory))}",
     }

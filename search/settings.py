@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from search.ranking import COUNTED_BEFORE, Ranking, Term, contradiction
 from search.train import Precision, TrainConfig, peak_rate
 from star_core import Genome, ModelConfig
 
@@ -45,6 +46,8 @@ class Settings:
         measure_threads: Threads of the measured model; 0 takes torch's own number.
         measure_seconds: Time given to the measurement of one candidate's latency and memory.
         timeout_seconds: Longest life of one candidate's process.
+        budget: Terms such as "parameters<=2000000", on any of `OBJECTIVES`, that every winner keeps.
+        epsilon: Two values of a timed objective less than this fraction apart can count as equal.
         data: Files, folders or data set names; empty for the embedded corpus.
         start: Texts of genomes that the initial population begins with.
         seed: Seeds the evolution and, with a genome's hash, each training.
@@ -70,6 +73,8 @@ class Settings:
     precision: Precision = "float32"
     measure_threads: int = 0
     objectives: tuple[str, ...] = ("perplexity", "decode_ms_per_token_ratio", "cache_bytes")
+    budget: tuple[str, ...] = ()
+    epsilon: float = 0.02
     data: tuple[str, ...] = ()
     start: tuple[str, ...] = ()
     seed: int = 0
@@ -84,6 +89,9 @@ class Settings:
             raise SettingsError(
                 f"objectives: needs two to five different names, got {','.join(self.objectives) or 'none'}"
             )
+        self._check_budget()
+        if not 0 <= self.epsilon < 1:
+            raise SettingsError(f"epsilon: needs a number from 0 to below 1, got {self.epsilon}")
         if self.workers not in ("inline", "processes"):
             raise SettingsError(f"workers: needs inline or processes, got {self.workers!r}")
         for name, least in (
@@ -125,6 +133,32 @@ class Settings:
                 f"width: needs a multiple of 4 heads of {self.head_dim} = {4 * self.head_dim}, got {self.width}"
             )
 
+    def _check_budget(self) -> None:
+        try:
+            terms = self.terms
+        except ValueError as error:
+            raise SettingsError(str(error)) from error
+        for term in terms:
+            if term.metric not in OBJECTIVES:
+                raise SettingsError(f"budget: unknown {term.metric!r}{nearest(term.metric, OBJECTIVES)}")
+        if (pair := contradiction(terms)) is not None:
+            raise SettingsError(f"budget: no genome can keep both {pair[0]} and {pair[1]}")
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """The terms of the budget."""
+        return tuple(Term.parse(text) for text in self.budget)
+
+    @property
+    def counted(self) -> bool:
+        """Whether a term of the budget is decided before anything is trained."""
+        return any(term.metric in COUNTED_BEFORE for term in self.terms)
+
+    @property
+    def ranking(self) -> Ranking:
+        """How candidates are compared."""
+        return Ranking(self.objectives, self.terms, self.epsilon)
+
     @property
     def steps(self) -> int:
         """Training steps of each candidate."""
@@ -132,8 +166,9 @@ class Settings:
 
     @property
     def timed(self) -> bool:
-        """Whether an objective is measured, and not only counted or trained."""
-        return any(name.removesuffix("_ratio") in MEASURED for name in self.objectives)
+        """Whether something is measured, and not only counted or trained: an objective or a term of the budget."""
+        names = (*self.objectives, *(term.metric for term in self.terms))
+        return any(name.removesuffix("_ratio") in MEASURED for name in names)
 
     def model_config(self, vocab_size: int) -> ModelConfig:
         """Return the sizes of every model of the search."""
@@ -161,11 +196,13 @@ class Settings:
     def from_json(cls, values: Mapping[str, Any]) -> Settings:
         """Read what `to_json` wrote; keys of config.json that are not settings are left alone.
 
+        A run from before there were ties goes on without them.
+
         Raises:
             SettingsError: A setting is missing or out of range.
         """
         names = {field.name for field in fields(cls)}
-        chosen: dict[str, Any] = {
+        chosen: dict[str, Any] = {"epsilon": 0.0} | {
             key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if key in names
         }
         try:

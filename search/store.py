@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any, Self
 import numpy as np
 
 from search.nsga2 import non_dominated
+from search.ranking import Ranking
 
 
 class Status(StrEnum):
@@ -27,6 +28,7 @@ class Status(StrEnum):
 
     OK = "OK"
     INVALID = "INVALID"
+    OVER_BUDGET = "OVER_BUDGET"
     NAN = "NAN"
     OOM = "OOM"
     TIMEOUT = "TIMEOUT"
@@ -47,7 +49,7 @@ class Evaluation:
         status: How it ended.
         seed: Seed of its training.
         generation: From 0; -1 for a baseline.
-        metrics: Objective name to value; empty unless the status is OK.
+        metrics: Objective name to value; empty unless the status is OK, or OVER_BUDGET: then what can be counted.
         seconds: Time taken, training and measurement.
         error: Why it failed, or None.
         kind: "candidate" or "baseline".
@@ -135,27 +137,13 @@ class Store:
         self._db.close()
         self._lock.close()
 
-    def add(self, evaluation: Evaluation) -> None:
-        """Append one evaluation; it is on disk when this returns."""
-        values = (
-            evaluation.kind,
-            evaluation.name,
-            evaluation.genome,
-            evaluation.genome_hash,
-            evaluation.status.value,
-            evaluation.seed,
-            evaluation.generation,
-            json.dumps(dict(evaluation.metrics)),
-            evaluation.seconds,
-            evaluation.error,
-            json.dumps(evaluation.parents),
-            int(evaluation.repaired),
-            json.dumps(evaluation.curve),
-        )
-        marks = ", ".join("?" * len(values))
+    def add(self, *evaluations: Evaluation) -> None:
+        """Append evaluations, all of them or, after a kill, none; they are on disk when this returns."""
+        rows = [_to_row(evaluation) for evaluation in evaluations]
+        marks = ", ".join("?" * len(_COLUMNS.split(",")))
         try:
             with self._db:
-                self._db.execute(f"INSERT INTO evaluations ({_COLUMNS}) VALUES ({marks})", values)
+                self._db.executemany(f"INSERT INTO evaluations ({_COLUMNS}) VALUES ({marks})", rows)
         except sqlite3.DatabaseError as error:
             raise _translated(error, self.root) from error
 
@@ -169,15 +157,14 @@ class Store:
         """Return every evaluation in the order of the log."""
         return [_from_row(row) for row in self._db.execute(f"SELECT {_COLUMNS} FROM evaluations ORDER BY id")]
 
-    def keep_front(self, objectives: Iterable[str]) -> list[Evaluation]:
+    def keep_front(self, ranking: Ranking) -> list[Evaluation]:
         """Write front.json, move the front's weights to best/, and delete the weights of all others in the log.
 
         Returns:
-            The candidates that no other candidate dominates, sorted by the first objective.
+            The front, as `front_of` has it.
         """
-        names = list(objectives)
         evaluations = self.evaluations()
-        front = front_of(evaluations, names)
+        front = front_of(evaluations, ranking)
         rows = [{"genome": e.genome, "genome_hash": e.genome_hash, "metrics": dict(e.metrics)} for e in front]
         write_json(self.root / "front.json", rows)
         kept = {f"{e.genome_hash}.safetensors" for e in front}
@@ -194,15 +181,34 @@ class Store:
         return front
 
 
-def front_of(evaluations: Iterable[Evaluation], objectives: list[str]) -> list[Evaluation]:
-    """Return the candidates of `evaluations` that no other dominates, sorted by the first objective."""
-    candidates = [e for e in evaluations if e.kind == "candidate" and e.status is Status.OK]
+def front_of(evaluations: Iterable[Evaluation], ranking: Ranking) -> list[Evaluation]:
+    """Return the candidates of `evaluations` that keep the budget and that no other one that does dominates, sorted by
+    the first objective."""
+    candidates = [e for e in evaluations if is_feasible(e, ranking)]
     if not candidates:
         return []
-    points = [[e.metrics[name] for name in objectives] for e in candidates]
+    points = [ranking.losses(e.metrics) for e in candidates]
     return sorted(
         (candidates[i] for i in np.flatnonzero(non_dominated(points))),
-        key=lambda e: (e.metrics[objectives[0]], e.genome_hash),
+        key=lambda e: (e.metrics[ranking.objectives[0]], e.genome_hash),
+    )
+
+
+def is_feasible(evaluation: Evaluation, ranking: Ranking) -> bool:
+    """Tell whether an evaluation is a candidate's that succeeded and keeps the budget."""
+    succeeded = evaluation.kind == "candidate" and evaluation.status is Status.OK
+    return succeeded and ranking.violation(evaluation.metrics) == 0
+
+
+def sentence_without_front(evaluations: Sequence[Evaluation], ranking: Ranking) -> str:
+    """Say in one sentence why there is no front: nothing succeeded, or nothing keeps the budget."""
+    scored = [e for e in evaluations if e.kind == "candidate" and e.status in (Status.OK, Status.OVER_BUDGET)]
+    if not scored or not ranking.budget:
+        return "No candidate has succeeded yet, so there is no front to show."
+    nearest = min(scored, key=lambda e: ranking.violation(e.metrics))
+    return (
+        f"No candidate keeps the budget, so there is no front to show; the nearest, {nearest.genome_hash[:8]}, "
+        f"{ranking.reason(nearest.metrics)}."
     )
 
 
@@ -229,6 +235,24 @@ def read_json(path: Path) -> Any:
         raise RunFolderError(f"{path}: not there, so this is no run folder") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise RunFolderError(f"{path}: not readable as JSON ({error})") from error
+
+
+def _to_row(evaluation: Evaluation) -> tuple[Any, ...]:
+    return (
+        evaluation.kind,
+        evaluation.name,
+        evaluation.genome,
+        evaluation.genome_hash,
+        evaluation.status.value,
+        evaluation.seed,
+        evaluation.generation,
+        json.dumps(dict(evaluation.metrics)),
+        evaluation.seconds,
+        evaluation.error,
+        json.dumps(evaluation.parents),
+        int(evaluation.repaired),
+        json.dumps(evaluation.curve),
+    )
 
 
 def _from_row(row: tuple[Any, ...]) -> Evaluation:

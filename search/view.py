@@ -35,6 +35,9 @@ class View:
         self.console = console
         self.total = settings.population * settings.generations + NUM_BASELINES
         self.evaluations: list[Evaluation] = []
+        self._ranking = settings.ranking
+        self._rejected: list[Evaluation] = []
+        self._told_rejected = 0
         self._fresh = 0
         self._started = time.monotonic()
         self._bars: dict[str, TaskID] = {}
@@ -72,12 +75,20 @@ class View:
         """Take a candidate's bar away: it waits for the others of its generation."""
         self._drop(task.genome_hash)
 
+    def rejected(self, evaluation: Evaluation) -> None:
+        """Count a genome that breaks the budget and is not trained."""
+        self._rejected.append(evaluation)
+
     def done(self, evaluation: Evaluation, fresh: bool) -> None:
         """Count an evaluation; `fresh` is false where it was read from the log."""
         self._drop(evaluation.genome_hash)
         self.evaluations.append(evaluation)
         self._fresh += fresh
         if not self.console.is_terminal and fresh:
+            if rejected := len(self._rejected) - self._told_rejected:
+                last = self._rejected[-1].error
+                self.console.print(f"{rejected} genomes over the budget, not trained; the last {last}", soft_wrap=True)
+                self._told_rejected = len(self._rejected)
             self.console.print(self._line(evaluation), soft_wrap=True, highlight=False, markup=False)
 
     def _bar(self, task: Task, verb: str, total: int | None) -> TaskID:
@@ -94,6 +105,8 @@ class View:
         where = evaluation.name or f"generation {evaluation.generation}"
         if evaluation.status is Status.OK:
             shown = "  ".join(f"{name} {_shown(name, evaluation.metrics[name])}" for name in self.settings.objectives)
+            if broken := self._ranking.reason(evaluation.metrics):
+                shown += f"  {broken}"
         else:
             shown = f"{evaluation.status}: {evaluation.error}"
         return f"[{len(self.evaluations)}/{self.total}] {where}  {evaluation.genome_hash[:8]}  {shown}"
@@ -108,7 +121,7 @@ class View:
     def _render(self) -> Panel:
         settings = self.settings
         candidates = [e for e in self.evaluations if e.kind == "candidate"]
-        front = front_of(self.evaluations, list(settings.objectives))
+        front = front_of(self.evaluations, self._ranking)
         generation = max((e.generation for e in self.evaluations), default=-1)
         title = "baselines" if generation < 0 else f"generation {generation + 1} of {settings.generations}"
         head = Text(
@@ -119,7 +132,7 @@ class View:
         baselines = [e for e in self.evaluations if e.kind == "baseline"]
         for name in settings.objectives:
             table.add_row(name, *(_best(group, name) for group in (candidates, initial, baselines)))
-        failures = Counter(e.status.value for e in self.evaluations if e.status is not Status.OK)
+        failures = Counter(e.status.value for e in (*self.evaluations, *self._rejected) if e.status is not Status.OK)
         foot = Text(
             "failed: " + ", ".join(f"{count} {status}" for status, count in failures.items()) if failures else ""
         )

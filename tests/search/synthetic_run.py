@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from search.ranking import Ranking
 from search.store import Evaluation, Status, Store, write_json
 from star_core.genome import BASELINES, POOL, Genome, crossover, mutate, random_genome, repair
 
@@ -94,7 +95,7 @@ def write_synthetic_run(
                     genome = random_genome(rng, depth)
                 seen.add(genome.hash)
                 store.add(_evaluate(genome, generation, rng, failing, change, parents=bred_from))
-            parents = store.keep_front(objectives)
+            parents = store.keep_front(Ranking(tuple(objectives)))
     return root
 
 

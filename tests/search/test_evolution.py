@@ -472,12 +472,97 @@ def test_a_settled_candidate_is_refused():
             call(ng.p.Array(shape=(1,)))
 
 
-def test_unsupported_arguments_are_refused():
+def test_penalties_are_refused():
+    optimizer = make()
+    with pytest.raises(ValueError, match="penalty_style: not supported"):
+        optimizer.tell(optimizer.ask(), [1.0, 1.0, 1.0], penalty_style=[1.0])
+
+
+def excess(letters: tuple[int, ...], limit: float = 30) -> float:
+    return max(0.0, sum(letters) / limit - 1)
+
+
+def test_what_keeps_the_constraints_beats_all_that_breaks_them():
+    optimizer = make()
+    told = []
+    for _ in range(20):
+        candidate = optimizer.ask()
+        losses, violation = word_losses(candidate.value), excess(candidate.value, 48)
+        optimizer.tell(candidate, losses, violation)
+        told.append((violation, losses))
+    members = optimizer.population
+    assert 2 <= sum(violation == 0 for violation, _ in told) < 16
+    assert len(members) == 16
+    ranked = sorted(members, key=lambda member: member.rank)
+    violations = [member.violation for member in ranked]
+    assert violations == sorted(violations)
+    assert violations == sorted(violation for violation, _ in told)[:16]
+    kept = [losses for violation, losses in told if violation == 0]
+    assert sorted(m.losses.tolist() for m in optimizer.front()) == sorted(
+        losses for losses, best in zip(kept, nsga2.non_dominated(kept), strict=True) if best
+    )
+
+
+def test_evolution_finds_its_way_into_the_constraints():
+    optimizer = make()  # the mean of a sum is 54, and 30 lies 2.4 deviations below it: one sample in 100
+    generations = [run_constrained(optimizer) for _ in range(12)]
+    assert min(generations[0]) > 0
+    assert all(member.violation == 0 for member in optimizer.population)
+
+
+def run_constrained(optimizer: NSGA2) -> list[float]:
+    asked = [optimizer.ask() for _ in range(16)]
+    for candidate in asked:
+        optimizer.tell(candidate, word_losses(candidate.value), excess(candidate.value))
+    return [excess(candidate.value) for candidate in asked]
+
+
+def test_a_candidate_without_losses_is_told_by_its_violation_alone():
+    optimizer = make()
+    for i in range(16):
+        candidate = optimizer.ask()
+        if i % 2:
+            optimizer.tell(candidate, None, [0.25 * i, -3.0, 0.5])
+        else:
+            optimizer.tell(candidate, word_losses(candidate.value))
+    run_generation(optimizer, 4)
+    broken = [member for member in optimizer.population if member.violation]
+    assert [member.violation for member in broken] == [0.25 * i + 0.5 for i in (1, 3, 5, 7)]
+    assert all(np.isnan(member.losses).all() for member in broken)
+    assert all(member.violation == 0 for member in optimizer.front())
+
+
+def test_a_dump_keeps_violations(tmp_path):
+    optimizer = make()
+    run_constrained(optimizer)
+    optimizer.dump(tmp_path / "dump")
+    loaded = NSGA2.load(tmp_path / "dump")
+    assert [run_constrained(optimizer) for _ in range(3)] == [run_constrained(loaded) for _ in range(3)]
+
+
+def test_one_objective_recommends_what_keeps_the_constraints():
+    optimizer = make(objectives=1)
+    optimizer.tell(optimizer.ask(), [5.0])
+    optimizer.tell(optimizer.ask(), [1.0], 0.1)
+    assert optimizer.recommend().losses.tolist() == [5.0]
+
+
+@pytest.mark.parametrize(
+    ("loss", "violation", "message"),
+    [
+        (None, None, "loss: need one number an objective of a candidate that breaks no constraint, got None"),
+        (None, 0.0, "loss: need one number an objective"),
+        ([1.0, 1.0, 1.0], np.nan, "constraint_violation: need finite numbers"),
+        ([1.0, np.nan, 1.0], 1.0, "loss: need finite numbers"),
+    ],
+)
+def test_a_bad_violation_is_refused_and_changes_nothing(loss, violation, message):
     optimizer = make()
     candidate = optimizer.ask()
-    for name in ("constraint_violation", "penalty_style"):
-        with pytest.raises(ValueError, match="constraint_violation, penalty_style: not supported"):
-            optimizer.tell(candidate, [1.0, 1.0, 1.0], **{name: [1.0]})
+    with pytest.raises(ValueError, match=message):
+        optimizer.tell(candidate, loss, violation)
+    assert optimizer.in_flight == [candidate]
+    assert optimizer.counters.told == 0
 
 
 def test_bad_construction_fails_clearly():

@@ -58,6 +58,60 @@ def test_ranks_of_continuous_losses_are_those_of_brute_force(objectives):
     assert nsga2.pareto_ranks(losses).tolist() == brute_force_ranks(losses).tolist()
 
 
+def constrained_dominates(a: np.ndarray, b: np.ndarray, va: float, vb: float) -> bool:
+    return va < vb if va or vb else dominates(a, b)
+
+
+def brute_force_constrained_ranks(losses: np.ndarray, violations: np.ndarray) -> np.ndarray:
+    ranks = np.full(len(losses), -1)
+    left = list(range(len(losses)))
+    front = 0
+    while left:
+        best = [
+            i
+            for i in left
+            if not any(constrained_dominates(losses[j], losses[i], violations[j], violations[i]) for j in left)
+        ]
+        ranks[best] = front
+        left = [i for i in left if i not in best]
+        front += 1
+    return ranks
+
+
+@st.composite
+def losses_and_violations(draw):
+    losses = draw(tied_losses)
+    violations = draw(arrays(np.float64, len(losses), elements=st.integers(0, 3).map(float)))
+    return losses, violations
+
+
+@settings(max_examples=200, deadline=None)
+@given(losses_and_violations())
+def test_ranks_under_constraints_are_those_of_brute_force(drawn):
+    losses, violations = drawn
+    expected = brute_force_constrained_ranks(losses, violations)
+    assert nsga2.constrained_ranks(losses, violations).tolist() == expected.tolist()
+
+
+@settings(max_examples=100, deadline=None)
+@given(losses_and_violations(), st.integers(1, 30))
+def test_survivors_under_constraints_are_the_lowest_fronts(drawn, size):
+    losses, violations = drawn
+    survivors = nsga2.survive(losses, size, violations)
+    ranks = brute_force_constrained_ranks(losses, violations)
+    assert sorted(ranks[survivors.indices]) == sorted(ranks)[: len(survivors.indices)]
+    assert survivors.ranks.tolist() == ranks[survivors.indices].tolist()
+    unknown = np.where(violations[:, None] > 0, np.nan, losses)
+    assert nsga2.survive(unknown, size, violations).indices.tolist() == survivors.indices.tolist()
+
+
+def test_without_a_violation_constraints_change_nothing():
+    losses = np.random.default_rng(0).random((60, 3))
+    plain, constrained = nsga2.survive(losses, 20), nsga2.survive(losses, 20, np.zeros(60))
+    assert plain.indices.tolist() == constrained.indices.tolist()
+    assert plain.crowding.tolist() == constrained.crowding.tolist()
+
+
 def test_no_points_have_no_ranks():
     assert nsga2.pareto_ranks(np.zeros((0, 3))).shape == (0,)
     assert nsga2.non_dominated(np.zeros((0, 3))).shape == (0,)

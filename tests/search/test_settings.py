@@ -30,6 +30,23 @@ def test_json_and_back() -> None:
     assert Settings.from_json(values | {"machine": {"cores": 2}}) == settings
 
 
+def test_a_run_from_before_budgets_and_ties_has_none() -> None:
+    values = PRESETS["smoke"].to_json()
+    del values["budget"], values["epsilon"]
+    old = Settings.from_json(values)
+    assert (old.budget, old.epsilon, old.ranking.budget) == ((), 0.0, ())
+    assert PRESETS["smoke"].epsilon == 0.02
+
+
+def test_a_measured_term_of_the_budget_asks_for_the_measurement() -> None:
+    plain = dataclasses.replace(PRESETS["smoke"], objectives=("perplexity", "cache_bytes"))
+    assert not plain.timed
+    assert not dataclasses.replace(plain, budget=("parameters<=5",)).timed
+    assert dataclasses.replace(plain, budget=("peak_memory_bytes<=5",)).timed
+    assert dataclasses.replace(plain, budget=("parameters<=5",)).counted
+    assert not dataclasses.replace(plain, budget=("peak_memory_bytes<=5",)).counted
+
+
 def test_missing_setting_is_an_error() -> None:
     values = PRESETS["smoke"].to_json()
     del values["depth"]
@@ -45,6 +62,13 @@ def test_missing_setting_is_an_error() -> None:
         ({"objectives": ("perplexity",)}, "two to five different names, got perplexity"),
         ({"objectives": ("perplexity", "perplexity")}, "two to five different"),
         ({"objectives": OBJECTIVES[:6]}, "two to five different"),
+        ({"budget": ("parameters",)}, "budget: needs METRIC<=NUMBER or METRIC>=NUMBER, got 'parameters'"),
+        ({"budget": ("parameters<=x",)}, "budget: needs a finite number above 0 as the limit, got 'x'"),
+        ({"budget": ("parameters<=-1",)}, "budget: needs a finite number above 0 as the limit, got '-1'"),
+        ({"budget": ("parameter<=1",)}, "budget: unknown 'parameter'; did you mean parameters"),
+        ({"budget": ("parameters<=1", "parameters>=2")}, "no genome can keep both parameters>=2 and parameters<=1"),
+        ({"epsilon": 1.0}, "epsilon: needs a number from 0 to below 1, got 1.0"),
+        ({"epsilon": float("nan")}, "epsilon: needs a number from 0 to below 1, got nan"),
         ({"workers": "threads"}, "workers: needs inline or processes, got 'threads'"),
         ({"population": 3}, "population: needs at least 4, got 3"),
         ({"generations": 0}, "generations: needs at least 1, got 0"),

@@ -7,7 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from search.store import Evaluation, RunFolderError, Status, Store, front_of, read_json, write_json
+from search.ranking import Ranking, Term
+from search.store import (
+    Evaluation,
+    RunFolderError,
+    Status,
+    Store,
+    front_of,
+    read_json,
+    sentence_without_front,
+    write_json,
+)
+
+RANKING = Ranking(("perplexity", "cache_bytes"))
 
 
 def evaluation(genome_hash: str, **changes: object) -> Evaluation:
@@ -68,8 +80,36 @@ def test_front_leaves_out_the_dominated_the_failed_and_the_baselines() -> None:
         evaluation("d", metrics={}, status=Status.OOM),
         evaluation("e", metrics={"perplexity": 1.0, "cache_bytes": 1.0}, kind="baseline", name="x"),
     ]
-    assert [row.genome_hash for row in front_of(rows, ["perplexity", "cache_bytes"])] == ["b", "a"]
-    assert front_of(rows[3:], ["perplexity", "cache_bytes"]) == []
+    assert [row.genome_hash for row in front_of(rows, RANKING)] == ["b", "a"]
+    assert front_of(rows[3:], RANKING) == []
+
+
+def test_front_leaves_out_what_breaks_the_budget() -> None:
+    rows = [
+        evaluation("a", metrics={"perplexity": 5.0, "cache_bytes": 100.0}),
+        evaluation("b", metrics={"perplexity": 4.0, "cache_bytes": 201.0}),
+        evaluation("c", metrics={"perplexity": 5.5, "cache_bytes": 200.0}),
+        evaluation("d", metrics={"cache_bytes": 210.0}, status=Status.OVER_BUDGET),
+    ]
+    within = dataclasses.replace(RANKING, budget=(Term.parse("cache_bytes<=200"),))
+    assert [row.genome_hash for row in front_of(rows, within)] == ["a"]
+    nowhere = dataclasses.replace(RANKING, budget=(Term.parse("cache_bytes<=50"),))
+    assert front_of(rows, nowhere) == []
+    sentence = sentence_without_front(rows, nowhere)
+    assert sentence == (
+        "No candidate keeps the budget, so there is no front to show; the nearest, a, needs cache_bytes<=50: is 100."
+    )
+    assert "No candidate has succeeded" in sentence_without_front(rows[:0], nowhere)
+
+
+def test_several_evaluations_are_added_whole_or_not_at_all(tmp_path: Path) -> None:
+    with Store(tmp_path) as store:
+        store.add(evaluation("a"))
+        with pytest.raises(RunFolderError, match="UNIQUE"):
+            store.add(evaluation("b"), evaluation("a"))
+        assert [row.genome_hash for row in store.evaluations()] == ["a"]
+        store.add(evaluation("b"), evaluation("c"))
+        assert [row.genome_hash for row in store.evaluations()] == ["a", "b", "c"]
 
 
 def test_keep_front_keeps_the_fronts_weights_alone(tmp_path: Path) -> None:
@@ -78,7 +118,7 @@ def test_keep_front_keeps_the_fronts_weights_alone(tmp_path: Path) -> None:
         store.add(evaluation("c", metrics={"perplexity": 5.5, "cache_bytes": 100.0}))
         for name in "acu":
             (store.work / f"{name}.safetensors").write_text(name)
-        store.keep_front(["perplexity", "cache_bytes"])
+        store.keep_front(RANKING)
         assert [path.name for path in store.best.iterdir()] == ["a.safetensors"]
         # "u" is trained and not logged yet.
         assert [path.name for path in store.work.glob("*.safetensors")] == ["u.safetensors"]
@@ -88,7 +128,7 @@ def test_keep_front_keeps_the_fronts_weights_alone(tmp_path: Path) -> None:
         ]
         store.add(evaluation("b", metrics={"perplexity": 4.0, "cache_bytes": 50.0}))
         (store.work / "b.safetensors").write_text("b")
-        store.keep_front(["perplexity", "cache_bytes"])
+        store.keep_front(RANKING)
         assert [path.name for path in store.best.iterdir()] == ["b.safetensors"]
 
 

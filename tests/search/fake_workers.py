@@ -1,0 +1,80 @@
+"""Workers that make their results up at once from the genome, and a search that runs on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from search.driver import search
+from search.evaluate import Outcome, Task
+from search.settings import PRESETS, Settings
+from search.store import Status, Store, write_json
+from search.view import View
+from search.workers import Progress
+from star_core.genome import POOL, Genome
+
+DEPTH = 6
+UNTIMED = ("perplexity", "cache_bytes", "parameters")
+
+
+def invented(genome: str) -> dict[str, float]:
+    """Return metrics that are the same for the same genome, in any process: all that training and measuring give."""
+    digest = hashlib.sha256(genome.encode()).digest()
+    parts = [int.from_bytes(digest[4 * i : 4 * i + 4], "big") / 2**32 for i in range(8)]
+    families = [POOL[liv.liv_class].family for liv in Genome.parse(genome).livs]
+    attention = families.count("attention") / len(families)
+    metrics = {
+        "perplexity": 6 + 2 * parts[0] - attention,
+        "bits_per_byte": 2.5 + parts[0],
+        "parameters": 1e6 * (1 + parts[1] + attention),
+        "cache_bytes": 1e4 * (1 + parts[2] + 4 * attention),
+        "peak_memory_bytes": 1e7 * (1 + parts[3]),
+        "peak_memory_bytes_ratio": 1 + parts[3],
+    }
+    for place, name in enumerate(("prefill_ms", "decode_ms_per_token", "train_ms_per_step"), start=4):
+        metrics |= {name: 1 + parts[place], f"{name}_ratio": 0.5 + parts[place]}
+    return metrics
+
+
+class FakeWorkers:
+    """Does every task at once, fails one genome in 16, and writes what it did to `done`, [(hash, stage)]."""
+
+    def __init__(self, results: Callable[[str], dict[str, float]] = invented) -> None:
+        self.results = results
+        self.done: list[tuple[str, str]] = []
+
+    def run(self, tasks: Sequence[Task], jobs: int, progress: Progress) -> Iterator[tuple[Task, Outcome]]:
+        """See `search.workers.Workers`."""
+        for task in tasks:
+            self.done.append((task.genome_hash, task.stage))
+            outcome = self.outcome(task)
+            if task.stage == "train":
+                write_json(task.result_path, outcome.to_json())
+            yield task, outcome
+
+    def outcome(self, task: Task) -> Outcome:
+        """Return what becomes of a task."""
+        if task.genome_hash.startswith("0"):
+            return Outcome(Status.NAN, {}, 0.0, "the loss is nan at step 3")
+        return Outcome(Status.OK, self.results(task.genome), 0.0, curve=((1, 5.0), (2, 4.0)))
+
+    def close(self) -> None:
+        """See `search.workers.Workers`."""
+
+
+def fake_settings(**changes: Any) -> Settings:
+    """Return settings of a search of 8 genomes and 5 generations."""
+    base: dict[str, Any] = {"population": 8, "generations": 5, "depth": DEPTH, "objectives": UNTIMED}
+    return dataclasses.replace(PRESETS["smoke"], **base | changes)
+
+
+def fake_search(root: Path, settings: Settings, workers: FakeWorkers | None = None) -> list[str]:
+    """Run a search on made-up results; return the genomes of its candidates in the order of the log."""
+    with Store(root) as store, View(settings, Console(quiet=True)) as view:
+        search(settings, store, workers or FakeWorkers(), view, lambda: None)
+        return [e.genome for e in store.evaluations() if e.kind == "candidate"]

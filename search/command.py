@@ -20,7 +20,7 @@ from search.ranking import Ranking, Term
 from search.report import print_front, write_report
 from search.report_metrics import format_seconds
 from search.settings import OBJECTIVES, PRESETS, Settings, SettingsError, nearest
-from search.start import read_starts
+from search.start import NAMES, read_starts
 from search.store import (
     Evaluation,
     RunFolderError,
@@ -93,8 +93,9 @@ def parser() -> argparse.ArgumentParser:
     option(
         "--start",
         action="append",
-        metavar="PATH",
-        help="begin with the genome of this winner, or of this folder of transformers' (repeatable)",
+        metavar="NAME",
+        help=f"begin with these genomes: of {', '.join(NAMES)} by name, or of a winner or a folder of transformers' by "
+        "path (repeatable, or with commas)",
     )
     option("--out", type=Path, metavar="DIR", help="run folder (default: a new one in runs/)")
     option("--resume", action="store_true", help="go on with the run in --out, or with the newest in runs/")
@@ -119,8 +120,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     root: Path | None = None
     try:
         given = _parse(argv)
-        if "start" in given:
-            given["start"] = list(read_starts(given["start"]))
         if "budget" in given:
             given["budget"] = _terms(given["budget"])
         resume = given.pop("resume", False)
@@ -172,6 +171,9 @@ def _terms(texts: Sequence[str]) -> list[str]:
 def _settings(given: dict[str, Any]) -> Settings:
     changes: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
     preset = PRESETS[changes.pop("preset", "laptop")]
+    if "start" in changes:
+        depth = dataclasses.replace(preset, depth=changes.get("depth", preset.depth)).depth
+        changes["start"] = read_starts(changes["start"], depth)
     return dataclasses.replace(preset, **changes)
 
 
@@ -211,6 +213,8 @@ def _resume(root: Path, given: dict[str, Any], console: Console) -> None:
     if not isinstance(config, dict):
         raise RunFolderError(f"{root / 'config.json'}: needs a JSON object, got {type(config).__name__}")
     settings = Settings.from_json(config)
+    if "start" in given:
+        given["start"] = read_starts(given["start"], settings.depth)
     for name, value in given.items():
         asked, stored = tuple(value) if isinstance(value, list) else value, getattr(settings, name)
         if asked != stored:

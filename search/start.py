@@ -1,24 +1,54 @@
-"""Genomes that a search begins with, read from models that lie on disk."""
+"""Genomes that a search begins with: baselines by their names, and what models on disk were built from."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from search.settings import SettingsError
+from search.settings import SettingsError, nearest
 from star_core import Genome
+from star_core.genome.baselines import BASELINES
+
+NAMES = tuple(re.sub(r"\W+like$", "", name.lower()).replace(" ", "-") for name in BASELINES)
+"""How a command line names the baselines: transformer++, gqa-transformer++, stripedmamba, lfm2."""
 
 
-def read_starts(paths: Sequence[str | Path]) -> tuple[str, ...]:
-    """Return the canonical texts of the genomes at `paths`, each network once.
+def read_starts(starts: Sequence[str | Path], depth: int) -> tuple[str, ...]:
+    """Return the canonical texts of the genomes that `starts` name, each network once.
 
+    Args:
+        starts: Each a path, as `read_start` takes it, or one or more names of `NAMES` or paths with commas between
+            them. A name goes before a file of the same name.
+        depth: LIVs of the baselines.
     Raises:
-        SettingsError: As `read_start`.
+        SettingsError: As `read_start`, or something is neither a baseline's name nor a path.
     """
-    return tuple(dict.fromkeys(str(read_start(path)) for path in paths))
+    genomes = []
+    for start in starts:
+        parts = [start] if Path(start).exists() else [part.strip() for part in str(start).split(",") if part.strip()]
+        genomes += [_named(str(part), depth) or read_start(part) for part in parts]
+    return tuple(dict.fromkeys(str(genome) for genome in genomes))
+
+
+def _named(text: str, depth: int) -> Genome | None:
+    """Return the baseline of that name; None for a path."""
+
+    def plain(name: str) -> str:
+        return re.sub(r"[\s_-]", "", name.lower())
+
+    known = {plain(name): make for name, make in zip(NAMES, BASELINES.values(), strict=True)}
+    known |= {plain(make.__name__): make for make in BASELINES.values()}
+    known |= {plain(name): make for name, make in BASELINES.items()}
+    if plain(text) in known:
+        return known[plain(text)](depth).canonical()
+    if os.sep in text or "." in text or Path(text).exists():
+        return None
+    raise SettingsError(f"--start: {text!r} is neither a baseline nor a file or folder{nearest(text.lower(), NAMES)}")
 
 
 def read_start(path: str | Path) -> Genome:

@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from search import run
 from search.settings import PRESETS, SettingsError
-from search.start import read_start, read_starts
+from search.start import NAMES, read_start, read_starts
 from star_core import Genome, LanguageModel, ModelConfig
-from star_core.genome import transformer_pp
+from star_core.genome import BASELINES, transformer_pp
 from tests.search.test_run import PLAIN
 
 WINNER = Genome.parse("13.1.1.1.1-9.1.1.1.1")
@@ -83,14 +83,47 @@ def test_what_holds_no_genome_gets_one_sentence(tmp_path: Path, make: Any, messa
     (tmp_path / "text").write_text("no weights")
     path = make(tmp_path)
     with pytest.raises(SettingsError, match=message) as caught:
-        read_starts([path])
+        read_starts([path], 2)
     assert "\n" not in str(caught.value)
+
+
+def test_baselines_go_by_their_names(tmp_path: Path) -> None:
+    assert NAMES == ("transformer++", "gqa-transformer++", "stripedmamba", "lfm2")
+    for name, make in zip(NAMES, BASELINES.values(), strict=True):
+        for spelling in (name, name.upper(), make.__name__):
+            assert read_starts([spelling], 6) == (str(make(6).canonical()),)
+    for label, make in BASELINES.items():
+        assert read_starts([label], 6) == (str(make(6).canonical()),)
+    path = winner(tmp_path / "a.safetensors")
+    mixed = read_starts([f"lfm2, {path}", "transformer_pp,lfm2"], 2)
+    assert mixed == (str(BASELINES["LFM2-like"](2)), str(WINNER), str(BASELINE))
+    comma = winner(tmp_path / "a,b.safetensors")
+    assert read_starts([comma], 2) == (str(WINNER),)
+
+
+def test_a_mistyped_name_gets_the_nearest_one() -> None:
+    with pytest.raises(SettingsError, match=r"--start: 'transfomer\+\+' is neither .*; did you mean transformer\+\+\?"):
+        read_starts(["lfm2,transfomer++"], 6)
+    with pytest.raises(SettingsError, match=r"--start: 'zzz' is neither a baseline nor a file or folder; needs one of"):
+        read_starts(["zzz"], 6)
+
+
+def test_a_search_begins_with_named_baselines(tmp_path: Path) -> None:
+    text, root = tmp_path / "text.txt", tmp_path / "run"
+    text.write_text("Fourscore and seven years ago our fathers brought forth a new nation.\n" * 200)
+    arguments = [*PLAIN, "--generations", "1", "--workers", "inline", "--data", str(text), "--out", str(root)]
+    assert run.main([*arguments, "--start", "transformer++,gqa-transformer++"]) == 0
+    expected = [str(BASELINES[name](2)) for name in ("Transformer++", "GQA Transformer++")]
+    assert json.loads((root / "config.json").read_text())["start"] == expected
+    assert run.main(["--resume", "--out", str(root), "--start", "transformer_pp", "--start", "gqa_transformer_pp"]) == 0
 
 
 def test_the_command_line_says_so_with_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     deep = winner(tmp_path / "deep.safetensors", transformer_pp(4))
     for arguments, message in (
         ([str(tmp_path / "no")], "no such file or folder"),
+        (["lfm3"], "--start: 'lfm3' is neither a baseline nor a file or folder; did you mean lfm2?"),
+        (["lfm2", "--depth", "1"], "depth: needs at least 2, got 1"),
         ([str(deep), "--depth", "6"], "start: needs genomes of depth = 6 LIVs, got one of 4"),
     ):
         assert run.main(["--workers", "inline", "--out", str(tmp_path / "run"), "--start", *arguments]) == 2

@@ -16,10 +16,11 @@ from rich.console import Console
 from bench.harness import machine
 from search.data import Corpus, DataError, load_corpus
 from search.driver import search
+from search.optimizers import make_optimizer
 from search.ranking import Ranking, Term
 from search.report import print_front, write_report
 from search.report_metrics import format_seconds
-from search.settings import OBJECTIVES, PRESETS, Settings, SettingsError, nearest
+from search.settings import OBJECTIVES, OPTIMIZERS, PRESETS, Settings, SettingsError, nearest
 from search.start import NAMES, read_starts
 from search.store import (
     Evaluation,
@@ -74,6 +75,12 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         metavar="X",
         help="fraction up to which two measured times can count as equal, so that noise decides less (default: 0.02)",
+    )
+    option(
+        "--optimizer",
+        metavar="NAME",
+        help=f"{', '.join(OPTIMIZERS)}, or the name of one of nevergrad's that mutates, such as RecMixES "
+        "(default: nsga2)",
     )
     option("--population", type=int, metavar="N", help="genomes in a generation")
     option("--generations", type=int, metavar="N", help="generations, the initial one included")
@@ -193,6 +200,7 @@ def _begin(root: Path, settings: Settings, console: Console) -> None:
     """Start a new run; nothing is written before settings and data are known to be good."""
     if (root / "config.json").exists():
         raise RunFolderError(f"{root}: already holds a run; add --resume to go on with it, or choose another --out")
+    make_optimizer(settings)
     corpus = load_corpus(settings.data or None)
     corpus.check(settings.seq_len)
     with Store(root) as store:

@@ -12,12 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import nevergrad as ng
-import numpy as np
 import torch
 
+from search.ask_tell import AskTell
 from search.data import Corpus
 from search.evaluate import Outcome, Task, candidate_seed, count_metrics
-from search.evolution import NSGA2
+from search.optimizers import make_optimizer
 from search.settings import Settings
 from search.space import GenomeParameter
 from search.store import Evaluation, Status, Store
@@ -63,15 +63,7 @@ def search(settings: Settings, store: Store, workers: Workers, view: View, on_ge
     baselines = [Request(make(settings.depth), -1, "baseline", name) for name, make in BASELINES.items()]
     _evaluate(baselines, settings, store, workers, view)
     on_generation()
-    parameter = GenomeParameter(settings.depth)
-    parameter.random_state = np.random.RandomState(settings.seed % 2**32)
-    optimizer = NSGA2(
-        parameter,
-        budget=settings.population * settings.generations,
-        num_workers=settings.population,
-        num_objectives=len(settings.objectives),
-        population_size=settings.population,
-    )
+    optimizer = make_optimizer(settings)
     starts = [Genome.parse(text) for text in settings.start]
     names = {genome.hash: f"start {number}" for number, genome in enumerate(starts, start=1)}
     optimizer.exclude(request.genome for request in baselines if request.genome.hash not in names)
@@ -97,7 +89,7 @@ def _request(candidate: GenomeParameter, generation: int, names: Mapping[str, st
 
 
 def _propose(
-    optimizer: NSGA2, generation: int, names: Mapping[str, str], settings: Settings, store: Store, view: View
+    optimizer: AskTell, generation: int, names: Mapping[str, str], settings: Settings, store: Store, view: View
 ) -> list[GenomeParameter]:
     """Ask for a generation to train; a space that is used up gives a smaller one, or none.
 

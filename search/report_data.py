@@ -10,7 +10,7 @@ import math
 import re
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,8 @@ from search.store import Evaluation, Status, front_of
 BoolArray = npt.NDArray[np.bool_]
 # The reference point lies a tenth of the box outside it, so that the extreme members of a front count too.
 REFERENCE_MARGIN = 1.1
+
+CURVE_POINTS = 100
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,8 @@ class Progress:
 
     `hypervolume[i]` is the share of the box between `ideal` and `reference` dominated by all candidates up to
     `generations[i]`; objectives named in `log_scaled` are measured on a log scale. `best` is the best value of each
-    objective within a generation, None where no candidate of it succeeded.
+    objective within a generation, None where no candidate of it succeeded. `by_evaluation` is the same hypervolume
+    after so many trained candidates, at `CURVE_POINTS` counts or fewer.
     """
 
     generations: tuple[int, ...]
@@ -88,6 +91,7 @@ class Progress:
     reference: Mapping[str, float]
     log_scaled: frozenset[str]
     best: Mapping[str, tuple[float | None, ...]]
+    by_evaluation: tuple[tuple[int, float], ...]
 
 
 def read_run(run_dir: Path) -> Run:
@@ -164,7 +168,21 @@ def follow_progress(run: Run) -> Progress | None:
             )
             for name in objectives
         },
+        by_evaluation=_by_evaluation(run, volume),
     )
+
+
+def _by_evaluation(run: Run, volume: Callable[[Sequence[Evaluation]], float]) -> tuple[tuple[int, float], ...]:
+    """Follow the hypervolume over the candidates that were trained, failures among them, in the order of the log."""
+    trained = [candidate for candidate in run.candidates if candidate.status is not Status.OVER_BUDGET]
+    scored = {id(candidate) for candidate in run.scored}
+    points = min(CURVE_POINTS, len(trained))
+    curve, front, done = [], list[Evaluation](), 0
+    for count in ((point + 1) * len(trained) // points for point in range(points)):
+        front = front_of([*front, *(c for c in trained[done:count] if id(c) in scored)], run.ranking)
+        curve.append((count, volume(front)))
+        done = count
+    return tuple(curve)
 
 
 def find_ancestors(run: Run, member: Evaluation, limit: int) -> list[Evaluation]:

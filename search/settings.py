@@ -19,6 +19,10 @@ OBJECTIVES = (*TRAINED, *MEASURED, *(f"{name}_ratio" for name in MEASURED))
 measured interleaved."""
 
 
+OPTIMIZERS = ("nsga2", "random", "ga")
+"""The search's own optimizers; any of nevergrad's that takes genomes goes by its name there."""
+
+
 class SettingsError(ValueError):
     """A setting that no search can run with; its text is one sentence for the person who typed it."""
 
@@ -30,6 +34,7 @@ class Settings:
     Attributes:
         preset: Name of the preset that these settings began with.
         objectives: Two to five of `OBJECTIVES`, minimised together.
+        optimizer: One of `OPTIMIZERS`, or the name of one of nevergrad's.
         population: Genomes that survive a generation, and genomes asked for in each.
         generations: Generations, the initial one included.
         depth: LIVs in a genome.
@@ -73,6 +78,7 @@ class Settings:
     precision: Precision = "float32"
     measure_threads: int = 0
     objectives: tuple[str, ...] = ("perplexity", "decode_ms_per_token_ratio", "cache_bytes")
+    optimizer: str = "nsga2"
     budget: tuple[str, ...] = ()
     epsilon: float = 0.02
     data: tuple[str, ...] = ()

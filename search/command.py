@@ -92,6 +92,13 @@ def parser() -> argparse.ArgumentParser:
     option("--batch-size", type=int, metavar="N", help="sequences in a training step")
     option("--learning-rate", type=float, metavar="X", help="peak learning rate")
     option(
+        "--probe-steps",
+        type=int,
+        metavar="N",
+        help="stop a training whose loss after N steps is not below what the frequencies of tokens alone would give "
+        "(default: 0, never; about a quarter of the steps is good)",
+    )
+    option(
         "--data",
         nargs="+",
         metavar="PATH",

@@ -46,6 +46,8 @@ class Settings:
         accumulation: Parts that a training step's batch is cut into, to fit memory.
         learning_rate: Peak rate of AdamW; None takes `search.train.peak_rate` of the width.
         warmup_steps: Steps of linear warm-up; None takes a tenth of all.
+        probe_steps: After so many steps, a training whose loss is not below what the tokens' frequencies alone would
+            give is stopped; 0 for never.
         precision: "float32", or "bfloat16" for autocast in training.
         valid_tokens: Held-out tokens that perplexity is computed on.
         measure_threads: Threads of the measured model; 0 takes torch's own number.
@@ -75,6 +77,7 @@ class Settings:
     accumulation: int = 1
     learning_rate: float | None = None
     warmup_steps: int | None = None
+    probe_steps: int = 0
     precision: Precision = "float32"
     measure_threads: int = 0
     objectives: tuple[str, ...] = ("perplexity", "decode_ms_per_token_ratio", "cache_bytes")
@@ -109,6 +112,7 @@ class Settings:
             ("accumulation", 1),
             ("valid_tokens", 1),
             ("measure_threads", 0),
+            ("probe_steps", 0),
             ("jobs", 0),
             ("seed", 0),
         ):
@@ -128,6 +132,10 @@ class Settings:
             raise SettingsError(
                 f"tokens: needs at least one batch of {self.batch_size} x {self.seq_len} = "
                 f"{self.batch_size * self.seq_len} tokens, got {self.tokens}"
+            )
+        if self.probe_steps > self.steps:
+            raise SettingsError(
+                f"probe_steps: needs at most the {self.steps} steps of a training, got {self.probe_steps}"
             )
         if len(self.start) > self.population:
             raise SettingsError(f"start: needs at most population = {self.population} genomes, got {len(self.start)}")

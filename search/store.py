@@ -30,6 +30,7 @@ class Status(StrEnum):
     INVALID = "INVALID"
     OVER_BUDGET = "OVER_BUDGET"
     NAN = "NAN"
+    FLAT = "FLAT"
     OOM = "OOM"
     TIMEOUT = "TIMEOUT"
     CRASH = "CRASH"

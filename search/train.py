@@ -11,16 +11,19 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from os import PathLike
 from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from search.checkpoint import restore, save
 from search.data import Corpus
 
 __all__ = [
     "DeadlineExceeded",
     "Diverged",
+    "Flat",
     "TrainConfig",
     "TrainResult",
     "evaluate_loss",
@@ -49,6 +52,23 @@ class Diverged(ArithmeticError):  # noqa: N818, "the training diverged" is the o
 
     def __str__(self) -> str:
         return f"the {self.what} is {self.value}" + (f" at step {self.step}" if self.step else "")
+
+
+class Flat(ArithmeticError):  # noqa: N818, named as the outcome is
+    """The loss after the probe's steps is not below what a model that has learnt nothing would have.
+
+    Attributes:
+        step: The probe's last step.
+        loss: Mean loss over the probe's last quarter, in nats a token.
+        bound: What it had to be below.
+    """
+
+    def __init__(self, step: int, loss: float, bound: float) -> None:
+        super().__init__(step, loss, bound)
+        self.step, self.loss, self.bound = step, loss, bound
+
+    def __str__(self) -> str:
+        return f"the loss is {self.loss:.3f} nats after {self.step} steps and needs to be below {self.bound:.3f}"
 
 
 class DeadlineExceeded(TimeoutError):  # noqa: N818, named as the outcome is
@@ -173,7 +193,7 @@ class TrainResult:
     """What a training run came to; losses in nats a token.
 
     Attributes:
-        steps: Optimizer steps taken.
+        steps: Optimizer steps taken, those before a checkpoint among them.
         tokens: Tokens trained on.
         train_loss: Mean loss over the last tenth of the steps: a single step's is mostly noise.
         curve: At most 100 pairs (step, mean loss of the steps since the pair before), steps counted from 1.
@@ -226,6 +246,10 @@ def train(
     seed: int,
     deadline: float | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    start: str | PathLike[str] | None = None,
+    stop: int | None = None,
+    keep: str | PathLike[str] | None = None,
+    probe: tuple[int, float] | None = None,
 ) -> TrainResult:
     """Train a language model in place, and evaluate it on the held-out text.
 
@@ -240,8 +264,17 @@ def train(
         seed: Chooses the batches, and torch's random numbers while training. The caller's generator is left alone.
         deadline: When to give up, on the clock of `time.monotonic`, in seconds.
         on_step: Called after each step with its number, from 1, and its loss; may raise to stop.
+        start: Go on from the checkpoint that an earlier call left there with `keep`, for the same model, corpus,
+            config and seed.
+        stop: Stop after this step, and evaluate; the schedule of the rate stays that of the whole budget. A training
+            that stops and goes on ends with the weights of one that did not stop, to the last bit.
+        keep: Where to leave a checkpoint after the last step; it appears there once it is whole.
+        probe: A step, and a loss in nats: after that step the mean loss of the quarter of the steps before it has to be
+            below this loss and below the first step's.
     Raises:
         Diverged: a loss or gradient norm is not finite.
+        Flat: the probe failed.
+        ValueError: `stop` is not after the checkpoint or beyond the last step; the checkpoint is of another model.
         DeadlineExceeded: the deadline passed.
         DataError: the corpus is too short for `seq_len`.
     Deterministic: on a CPU, to the last bit, for equal seed, weights and threads.
@@ -254,8 +287,13 @@ def train(
         torch.manual_seed(seed)
         model.train()
         optimizer = _optimizer(model, config)
-        batches = corpus.batches("train", config.batch_size, config.seq_len, seed, config.steps)
-        for step, (tokens, targets) in enumerate(batches, 1):
+        if start is not None:
+            losses = restore(start, model, optimizer)
+        done, last = len(losses), config.steps if stop is None else stop
+        if not done < last <= config.steps:
+            raise ValueError(f"stop must be above {done} and at most {config.steps}, got {last}")
+        batches = corpus.batches("train", config.batch_size, config.seq_len, seed, last, skip=done)
+        for step, (tokens, targets) in enumerate(batches, done + 1):
             _check_deadline(deadline, f"{step - 1} of {config.steps} training steps")
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step)
@@ -269,6 +307,10 @@ def train(
             losses.append(loss)
             if on_step is not None:
                 on_step(step, loss)
+            if probe is not None and step == probe[0]:
+                _check_probe(losses, probe[1])
+        if keep is not None:
+            save(keep, model, optimizer, losses)
         valid_loss = evaluate_loss(
             model,
             corpus,
@@ -280,8 +322,8 @@ def train(
         )
     tail = losses[-math.ceil(len(losses) / 10) :]
     return TrainResult(
-        steps=config.steps,
-        tokens=config.steps * config.batch_size * config.seq_len,
+        steps=last,
+        tokens=last * config.batch_size * config.seq_len,
         train_loss=math.fsum(tail) / len(tail),
         curve=_thin(losses),
         valid_loss=valid_loss,
@@ -345,6 +387,13 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     # Fused: one step of 28 tensors (width 64) takes 0.28 ms on one thread where foreach takes 0.67, a plain loop 0.90;
     # of 37 tensors (width 128) 0.54, 2.0 and 2.2.
     return torch.optim.AdamW(filled, lr=config.lr, betas=config.betas, fused=True)
+
+
+def _check_probe(losses: list[float], bound: float) -> None:
+    tail = losses[-math.ceil(len(losses) / 4) :]
+    mean, bound = math.fsum(tail) / len(tail), min(bound, losses[0])
+    if not mean < bound:
+        raise Flat(len(losses), mean, bound)
 
 
 def _accumulate(model: nn.Module, tokens: Tensor, targets: Tensor, config: TrainConfig) -> float:

@@ -69,6 +69,7 @@ def test_missing_setting_is_an_error() -> None:
         ({"budget": ("parameters<=1", "parameters>=2")}, "no genome can keep both parameters>=2 and parameters<=1"),
         ({"epsilon": 1.0}, "epsilon: needs a number from 0 to below 1, got 1.0"),
         ({"epsilon": float("nan")}, "epsilon: needs a number from 0 to below 1, got nan"),
+        ({"probe_steps": 33}, "probe_steps: needs at most the 32 steps of a training, got 33"),
         ({"workers": "threads"}, "workers: needs inline or processes, got 'threads'"),
         ({"population": 3}, "population: needs at least 4, got 3"),
         ({"generations": 0}, "generations: needs at least 1, got 0"),

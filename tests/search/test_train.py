@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from search import data
 from search.data import Corpus, DataError, load_corpus
 from search.train import (
     DeadlineExceeded,
     Diverged,
+    Flat,
     TrainConfig,
     TrainResult,
     evaluate_loss,
@@ -261,6 +263,55 @@ def test_training_is_deterministic_to_the_last_bit(corpus: Corpus) -> None:
     assert all(torch.equal(a, b) for a, b in zip(runs[0][1], runs[1][1], strict=True))
 
 
+@pytest.mark.parametrize("stops", [(7,), (1, 19), (5, 6, 13)], ids=str)
+def test_training_that_stops_and_goes_on_ends_as_one_in_one_go(
+    corpus: Corpus, tmp_path: Path, stops: tuple[int, ...]
+) -> None:
+    config = change(threads=1)
+    whole = stand()
+    expected = train(whole, corpus, config, seed=11)
+    before: Path | None = None
+    for stop in stops:
+        kept = tmp_path / str(stop)
+        torch.manual_seed(stop)  # the caller's random state is of no consequence
+        part = train(stand(seed=3 if before else 0), corpus, config, seed=11, start=before, stop=stop, keep=kept)
+        assert (part.steps, part.tokens) == (stop, stop * 64)
+        assert part.curve[-1][0] == stop
+        before = kept
+    model = stand(seed=3)
+    result = train(model, corpus, config, seed=11, start=before)
+    assert dataclasses.replace(result, seconds=0.0) == dataclasses.replace(expected, seconds=0.0)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(map(str, stops))
+
+
+def test_the_rate_of_a_training_that_stops_is_that_of_the_whole_budget(
+    corpus: Corpus, updates: list[tuple[float, float]]
+) -> None:
+    train(stand(), corpus, SHORT, seed=0, stop=7)
+    assert [rate for rate, _ in updates] == [learning_rate(SHORT, step) for step in range(1, 8)]
+
+
+def test_batches_can_skip_the_first_ones(corpus: Corpus) -> None:
+    every = list(corpus.batches("train", 2, 8, 5, 9))
+    rest = list(corpus.batches("train", 2, 8, 5, 9, skip=4))
+    assert len(rest) == 5
+    assert all(torch.equal(a, b) for pair in zip(every[4:], rest, strict=True) for a, b in zip(*pair, strict=True))
+    with pytest.raises(ValueError, match="skip must be from 0 to steps = 3, got 4"):
+        corpus.batches("train", 2, 8, 5, 3, skip=4)
+
+
+def test_a_stop_out_of_range_and_a_foreign_checkpoint_fail_clearly(corpus: Corpus, tmp_path: Path) -> None:
+    for stop in (0, 21):
+        with pytest.raises(ValueError, match=f"stop must be above 0 and at most 20, got {stop}"):
+            train(stand(), corpus, SHORT, seed=0, stop=stop)
+    train(stand(), corpus, SHORT, seed=0, stop=5, keep=tmp_path / "kept")
+    with pytest.raises(ValueError, match="stop must be above 5 and at most 20, got 5"):
+        train(stand(), corpus, SHORT, seed=0, start=tmp_path / "kept", stop=5)
+    with pytest.raises(ValueError, match=r"start: .*kept is the checkpoint of another model"):
+        train(stand(width=8), corpus, SHORT, seed=0, start=tmp_path / "kept")
+
+
 def test_seed_changes_the_training(corpus: Corpus) -> None:
     first, second = (train(stand(), corpus, SHORT, seed=seed) for seed in (1, 2))
     assert first.curve != second.curve
@@ -323,6 +374,44 @@ def test_weights_before_a_diverged_step_are_kept_finite(corpus: Corpus) -> None:
     with pytest.raises(Diverged, match="at step 3"):
         train(model, corpus, SHORT, seed=0)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_the_probe_stops_what_has_learnt_nothing(corpus: Corpus, tmp_path: Path) -> None:
+    stuck = change(lr=1e-9)
+    bound = corpus.unigram_entropy()
+    losses: list[float] = []
+    with pytest.raises(Flat, match=r"the loss is \d\.\d{3} nats after 8 steps and needs to be below \d") as caught:
+        train(stand(), corpus, stuck, seed=0, probe=(8, bound), on_step=lambda _, loss: losses.append(loss))
+    assert len(losses) == caught.value.step == 8
+    assert caught.value.loss == pytest.approx(sum(losses[6:]) / 2)
+    assert caught.value.bound == bound
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert (str(copy), copy.step) == (str(caught.value), 8)
+    # Below the bound, and not below where it began: as flat.
+    with pytest.raises(Flat) as caught:
+        train(stand(), corpus, SHORT, seed=0, probe=(1, 100.0))
+    assert caught.value.bound == caught.value.loss < 100
+    # A checkpoint before the probe takes its losses along.
+    train(stand(), corpus, stuck, seed=0, stop=5, keep=tmp_path / "kept")
+    with pytest.raises(Flat, match="after 8 steps"):
+        train(stand(), corpus, stuck, seed=0, start=tmp_path / "kept", probe=(8, bound))
+
+
+def test_a_probe_that_is_passed_changes_nothing(corpus: Corpus) -> None:
+    assert train(stand(), corpus, SHORT, seed=0, probe=(10, 5.5)).curve == train(stand(), corpus, SHORT, seed=0).curve
+
+
+def test_unigram_entropy_is_that_of_the_frequencies(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = torch.tensor([8, 4, 2, 1, 1]).double() / 16
+    tokens = torch.tensor([0] * 8 + [1] * 4 + [2] * 2 + [7, 200], dtype=torch.uint8)
+    small = dataclasses.replace(corpus, train=tokens)
+    assert small.unigram_entropy() == pytest.approx(float(-(shares * shares.log()).sum()))
+    assert dataclasses.replace(corpus, train=tokens.int()).unigram_entropy() == small.unigram_entropy()
+    # Of a long text stretches are counted, of all parts of it.
+    text = torch.cat([tokens.repeat(4096), torch.full((65536,), 9, dtype=torch.uint8)])
+    monkeypatch.setattr(data, "ENTROPY_TOKENS", len(text) // 4)
+    long = dataclasses.replace(corpus, train=text).unigram_entropy()
+    assert long == pytest.approx(0.5 * small.unigram_entropy() + math.log(2))
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,13 @@ def test_a_diverging_candidate_is_nan(pool: Workers, work: Path) -> None:
     assert outcome.metrics == {}
 
 
+def test_a_candidate_that_learns_nothing_is_flat(pool: Workers, work: Path) -> None:
+    [outcome] = outcomes(pool, [task(work, learning_rate=1e-9, probe_steps=4)])
+    assert outcome.status is Status.FLAT
+    assert "nats after 4 steps and needs to be below" in str(outcome.error)
+    assert outcome.metrics == {}
+
+
 def test_a_late_candidate_is_a_timeout(pool: Workers, work: Path) -> None:
     [outcome] = outcomes(pool, [task(work, tokens=10_000_000, timeout_seconds=0.3)])
     assert outcome.status is Status.TIMEOUT

@@ -20,6 +20,7 @@ from search.optimizers import make_optimizer
 from search.ranking import Ranking, Term
 from search.report import print_front, write_report
 from search.report_metrics import format_seconds
+from search.result_cache import ResultCache
 from search.settings import OBJECTIVES, OPTIMIZERS, PRESETS, Settings, SettingsError, nearest
 from search.start import NAMES, read_starts
 from search.store import (
@@ -111,6 +112,12 @@ def parser() -> argparse.ArgumentParser:
         help=f"begin with these genomes: of {', '.join(NAMES)} by name, or of a winner or a folder of transformers' by "
         "path (repeatable, or with commas)",
     )
+    option(
+        "--cache",
+        metavar="PATH",
+        help="take results of the same genome, text, settings and seed from this file, and leave new ones there; "
+        "runs may share it (times are this machine's own)",
+    )
     option("--out", type=Path, metavar="DIR", help="run folder (default: a new one in runs/)")
     option("--resume", action="store_true", help="go on with the run in --out, or with the newest in runs/")
     option("--seed", type=int, metavar="N", help="seed of the evolution and of every training")
@@ -134,6 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     root: Path | None = None
     try:
         given = _parse(argv)
+        if "cache" in given:
+            given["cache"] = str(Path(given["cache"]).absolute())
         if "budget" in given:
             given["budget"] = _terms(given["budget"])
         resume = given.pop("resume", False)
@@ -210,6 +219,8 @@ def _begin(root: Path, settings: Settings, console: Console) -> None:
     make_optimizer(settings)
     corpus = load_corpus(settings.data or None)
     corpus.check(settings.seq_len)
+    if settings.cache is not None:
+        ResultCache(Path(settings.cache), corpus.fingerprint).close()
     with Store(root) as store:
         corpus.save(store.work)
         config = {

@@ -70,13 +70,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one half of an evaluation ended; `curve` is filled by training alone."""
+    """How one half of an evaluation ended; `curve` is filled by training alone. `cached`: taken from an earlier run."""
 
     status: Status
     metrics: dict[str, float]
     seconds: float
     error: str | None = None
     curve: tuple[tuple[int, float], ...] = ()
+    cached: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return the outcome as JSON values."""

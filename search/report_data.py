@@ -22,7 +22,7 @@ import numpy.typing as npt
 from search.nsga2 import FloatArray, hypervolume
 from search.ranking import Ranking
 from search.report_metrics import needs_log_axis
-from search.store import Evaluation, Status, front_of
+from search.store import Evaluation, Status, front_of, read_evaluations
 
 BoolArray = npt.NDArray[np.bool_]
 # The reference point lies a tenth of the box outside it, so that the extreme members of a front count too.
@@ -237,46 +237,12 @@ def _read_json(path: Path) -> Any:
 def _read_evaluations(path: Path) -> list[Evaluation]:
     if not path.is_file():
         raise ValueError(f"run_dir: {path} does not exist; give a folder that the search wrote")
-    columns = (
-        "genome, genome_hash, status, seed, generation, metrics, seconds, error, kind, name, parents, repaired, curve"
-    )
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
-            rows = connection.execute(f"SELECT {columns} FROM evaluations ORDER BY id").fetchall()
+            rows = read_evaluations(connection)
     except sqlite3.DatabaseError as error:
         raise ValueError(f"run_dir: {path} cannot be read as a run's log: {error}") from error
-    return [
-        Evaluation(
-            genome=genome,
-            genome_hash=genome_hash,
-            status=Status(status),
-            seed=seed,
-            generation=generation,
-            metrics=_numbers(json.loads(metrics)),
-            seconds=seconds,
-            error=error,
-            kind=kind,
-            name=name,
-            parents=tuple(json.loads(parents)),
-            repaired=bool(repaired),
-            curve=tuple((int(step), float(loss)) for step, loss in json.loads(curve)),
-        )
-        for (
-            genome,
-            genome_hash,
-            status,
-            seed,
-            generation,
-            metrics,
-            seconds,
-            error,
-            kind,
-            name,
-            parents,
-            repaired,
-            curve,
-        ) in rows
-    ]
+    return [replace(row, metrics=_numbers(row.metrics)) for row in rows]
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -56,6 +56,7 @@ class Settings:
         budget: Terms such as "parameters<=2000000", on any of `OBJECTIVES`, that every winner keeps.
         epsilon: Two values of a timed objective less than this fraction apart can count as equal.
         data: Files, folders or data set names; empty for the embedded corpus.
+        cache: SQLite file of results that runs share; None for none.
         start: Texts of genomes that the initial population begins with.
         seed: Seeds the evolution and, with a genome's hash, each training.
         workers: "processes" (a fresh process for each candidate) or "inline" (all in this one).
@@ -85,6 +86,7 @@ class Settings:
     budget: tuple[str, ...] = ()
     epsilon: float = 0.02
     data: tuple[str, ...] = ()
+    cache: str | None = None
     start: tuple[str, ...] = ()
     seed: int = 0
     workers: str = "processes"

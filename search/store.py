@@ -58,6 +58,7 @@ class Evaluation:
         parents: Hashes of the parents.
         repaired: Whether the genome came out of variation invalid and was repaired.
         curve: Training loss in nats by step.
+        cached: Whether the training's result is an earlier run's.
     """
 
     genome: str
@@ -73,6 +74,7 @@ class Evaluation:
     parents: tuple[str, ...] = ()
     repaired: bool = False
     curve: tuple[tuple[int, float], ...] = field(default=(), repr=False)
+    cached: bool = False
 
 
 _SCHEMA = """
@@ -91,12 +93,12 @@ CREATE TABLE IF NOT EXISTS evaluations (
     parents TEXT NOT NULL,
     repaired INTEGER NOT NULL,
     curve TEXT NOT NULL,
+    details TEXT NOT NULL DEFAULT '{}',
     UNIQUE (kind, genome_hash)
 );
 """
-_COLUMNS = (
-    "kind, name, genome, genome_hash, status, seed, generation, metrics, seconds, error, parents, repaired, curve"
-)
+_NAMES = ("kind", "name", "genome", "genome_hash", "status", "seed", "generation", "metrics", "seconds", "error")
+_COLUMNS = ", ".join((*_NAMES, "parents", "repaired", "curve", "details"))
 
 
 class Store:
@@ -123,6 +125,8 @@ class Store:
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.executescript(_SCHEMA)
+            if not _has_details(self._db):  # a run from before there were any
+                self._db.execute("ALTER TABLE evaluations ADD COLUMN details TEXT NOT NULL DEFAULT '{}'")
         except sqlite3.DatabaseError as error:
             self._lock.close()
             raise _translated(error, root) from error
@@ -156,7 +160,12 @@ class Store:
 
     def evaluations(self) -> list[Evaluation]:
         """Return every evaluation in the order of the log."""
-        return [_from_row(row) for row in self._db.execute(f"SELECT {_COLUMNS} FROM evaluations ORDER BY id")]
+        return read_evaluations(self._db)
+
+    def has_weights(self, evaluation: Evaluation) -> bool:
+        """Tell whether the weights of an evaluation are in the run folder."""
+        name = f"{evaluation.genome_hash}.safetensors"
+        return (self.best / name).exists() or (self.work / name).exists()
 
     def keep_front(self, ranking: Ranking) -> list[Evaluation]:
         """Write front.json, move the front's weights to best/, and delete the weights of all others in the log.
@@ -180,6 +189,16 @@ class Store:
             if path.name not in kept:
                 path.unlink()
         return front
+
+
+def read_evaluations(connection: sqlite3.Connection) -> list[Evaluation]:
+    """Return every evaluation of a log, in its order; one from before there were details has none."""
+    columns = _COLUMNS if _has_details(connection) else _COLUMNS.replace("details", "'{}'")
+    return [_from_row(row) for row in connection.execute(f"SELECT {columns} FROM evaluations ORDER BY id")]
+
+
+def _has_details(connection: sqlite3.Connection) -> bool:
+    return any(row[1] == "details" for row in connection.execute("PRAGMA table_info(evaluations)"))
 
 
 def front_of(evaluations: Iterable[Evaluation], ranking: Ranking) -> list[Evaluation]:
@@ -253,11 +272,13 @@ def _to_row(evaluation: Evaluation) -> tuple[Any, ...]:
         json.dumps(evaluation.parents),
         int(evaluation.repaired),
         json.dumps(evaluation.curve),
+        json.dumps({"cached": True} if evaluation.cached else {}),
     )
 
 
 def _from_row(row: tuple[Any, ...]) -> Evaluation:
-    kind, name, genome, genome_hash, status, seed, generation, metrics, seconds, error, parents, repaired, curve = row
+    kind, name, genome, genome_hash, status, seed, generation, metrics, seconds, error, parents, repaired = row[:12]
+    curve, details = row[12], json.loads(row[13])
     return Evaluation(
         genome=genome,
         genome_hash=genome_hash,
@@ -272,11 +293,16 @@ def _from_row(row: tuple[Any, ...]) -> Evaluation:
         parents=tuple(json.loads(parents)),
         repaired=bool(repaired),
         curve=tuple((step, loss) for step, loss in json.loads(curve)),
+        cached=details.get("cached", False),
     )
 
 
 def _translated(error: sqlite3.DatabaseError, root: Path) -> Exception:
-    """Tell a full disk, which passes, from a database that is none."""
+    return full_disk(error, root / "run.db") or RunFolderError(f"{root / 'run.db'}: {error}")
+
+
+def full_disk(error: sqlite3.DatabaseError, path: Path) -> OSError | None:
+    """Tell a full disk, which passes, from a database that is none: None for that."""
     if "disk is full" in str(error) or "disk I/O error" in str(error):
-        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(root / "run.db"))
-    return RunFolderError(f"{root / 'run.db'}: {error}")
+        return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    return None

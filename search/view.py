@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
-from search.evaluate import Task
+from search.evaluate import Outcome, Task
 from search.report_metrics import column_for, format_seconds
 from search.settings import Settings
 from search.store import Evaluation, Status, front_of
@@ -79,6 +79,20 @@ class View:
         """Count a genome that breaks the budget and is not trained."""
         self._rejected.append(evaluation)
 
+    def retrained(self, evaluation: Evaluation, outcome: Outcome) -> None:
+        """Tell that a winner whose result came from the cache has its weights now, and what else they give."""
+        was = evaluation.metrics["perplexity"]
+        if outcome.status is not Status.OK:
+            now = f"could not be trained again for its weights: {outcome.status}: {outcome.error}"
+        elif outcome.metrics["perplexity"] == was:
+            now = f"trained again for its weights, with the same perplexity {was:.6g}"
+        else:
+            now = (
+                f"trained again for its weights: perplexity {outcome.metrics['perplexity']:.6g} on this machine, "
+                f"{was:.6g} where the cache's result is from"
+            )
+        self.console.print(f"{evaluation.genome_hash[:8]}  {now}", soft_wrap=True, highlight=False, markup=False)
+
     def done(self, evaluation: Evaluation, fresh: bool) -> None:
         """Count an evaluation; `fresh` is false where it was read from the log."""
         self._drop(evaluation.genome_hash)
@@ -103,6 +117,7 @@ class View:
 
     def _line(self, evaluation: Evaluation) -> str:
         where = evaluation.name or f"generation {evaluation.generation}"
+        where += " (cached)" if evaluation.cached else ""
         if evaluation.status is Status.OK:
             shown = "  ".join(f"{name} {_shown(name, evaluation.metrics[name])}" for name in self.settings.objectives)
             if broken := self._ranking.reason(evaluation.metrics):

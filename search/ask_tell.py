@@ -75,12 +75,13 @@ class Counters:
 
 @dataclass(frozen=True)
 class Told:
-    """A candidate with its losses, [objectives], and its place in the order of asking."""
+    """A candidate with its losses, [objectives], its place in the order of asking, and its tier, 0 the best."""
 
     order: int
     candidate: ng.p.Parameter
     losses: nsga2.FloatArray
     violation: float
+    tier: int
 
 
 class AskTell(Optimizer):  # type: ignore[misc]  # nevergrad ships no types
@@ -125,7 +126,7 @@ class AskTell(Optimizer):  # type: ignore[misc]  # nevergrad ships no types
         self.population_size = population_size
         self._seen: set[Hashable] = set()
         self._in_flight: dict[str, tuple[int, ng.p.Parameter]] = {}
-        self._telling = (np.zeros(0), 0.0)  # losses and violation of the candidate that is being told
+        self._telling = (np.zeros(0), 0.0, 0)  # losses, violation and tier of the candidate that is being told
         self._next_order = 0
         self._front: list[Told] = []
         self._discarded = 0
@@ -134,7 +135,7 @@ class AskTell(Optimizer):  # type: ignore[misc]  # nevergrad ships no types
         self._duplicates_avoided = 0
 
     def front(self) -> list[Member]:
-        """Return the non-dominated of all candidates told so far that break no constraint, oldest ask first.
+        """Return the non-dominated of all candidates told in tier 0 that break no constraint, oldest ask first.
 
         Not all of them are in the population: it has `population_size` places, and with four or five objectives a
         search finds more.
@@ -222,6 +223,8 @@ class AskTell(Optimizer):  # type: ignore[misc]  # nevergrad ships no types
         loss: float | Sequence[float] | nsga2.FloatArray | None,
         constraint_violation: float | Sequence[float] | nsga2.FloatArray | None = None,
         penalty_style: None = None,
+        *,
+        tier: int = 0,
     ) -> None:
         """Take in the losses of a candidate.
 
@@ -233,6 +236,8 @@ class AskTell(Optimizer):  # type: ignore[misc]  # nevergrad ships no types
                 that add up; 0 or less for a constraint that holds. What breaks none is better than all that break one,
                 and of those the smaller sum is better (constraint domination, Deb et al. 2002, section VI).
             penalty_style: Not supported: nothing is added to a loss.
+            tier: Candidates are comparable inside a tier alone; all of a lower one are better than all of a higher one.
+                The front is that of tier 0.
 
         Raises:
             TypeError: `candidate` is not of the parametrization's class.
@@ -249,9 +254,9 @@ class AskTell(Optimizer):  # type: ignore[misc]  # nevergrad ships no types
         self._check_unsettled(candidate)
         if candidate.uid not in self._in_flight:
             self._seen.add(candidate.get_value_hash())
-        self._telling = (losses, violation)
+        self._telling = (losses, violation, tier)
         # A violation keeps nevergrad from recommending the candidate; the penalty that it adds is not looked at.
-        super().tell(candidate, losses if len(losses) > 1 else [float(losses[0])], violation or None)
+        super().tell(candidate, losses if len(losses) > 1 else [float(losses[0])], violation or float(tier) or None)
 
     def discard(self, candidate: ng.p.Parameter) -> None:
         """Free a candidate that failed or was lost. It never enters the population, and its value is not asked again.
@@ -273,7 +278,7 @@ class AskTell(Optimizer):  # type: ignore[misc]  # nevergrad ships no types
         order = self._in_flight.pop(candidate.uid)[0] if candidate.uid in self._in_flight else self._take_order()
         told = Told(order, candidate, *self._telling)
         self._take_in(told)
-        if told.violation:
+        if told.violation or told.tier:
             return
         losses = stack(self._front, self.num_objectives)
         if not nsga2.dominate(losses, told.losses[None]).any():

@@ -21,7 +21,7 @@ from search.ranking import Ranking, Term
 from search.report import print_front, write_report
 from search.report_metrics import format_seconds
 from search.result_cache import ResultCache
-from search.settings import OBJECTIVES, OPTIMIZERS, PRESETS, Settings, SettingsError, nearest
+from search.settings import OBJECTIVES, OPTIMIZERS, PRESETS, RUNG_FACTOR, Settings, SettingsError, nearest
 from search.start import NAMES, read_starts
 from search.store import (
     Evaluation,
@@ -92,6 +92,13 @@ def parser() -> argparse.ArgumentParser:
     option("--seq-len", type=int, metavar="N", help="training length in tokens, and context of the measurements")
     option("--batch-size", type=int, metavar="N", help="sequences in a training step")
     option("--learning-rate", type=float, metavar="X", help="peak learning rate")
+    option(
+        "--rungs",
+        type=int,
+        metavar="N",
+        help=f"successive halving: train a generation for 1/{RUNG_FACTOR}^(N-1) of the steps, its best third for "
+        f"{RUNG_FACTOR} times as many, and so on (default: 1, all to the end)",
+    )
     option(
         "--probe-steps",
         type=int,

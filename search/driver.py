@@ -70,7 +70,8 @@ def _search(settings: Settings, stages: Stages, on_generation: Callable[[], None
         for candidate, evaluation in zip(candidates, stages.evaluate(requests), strict=True):
             if evaluation.status is Status.OK:
                 metrics = evaluation.metrics
-                optimizer.tell(candidate, ranking.losses(metrics), ranking.violation(metrics))
+                tier = ranking.tier(len(evaluation.rungs))
+                optimizer.tell(candidate, ranking.losses(metrics), ranking.violation(metrics), tier=tier)
             else:
                 optimizer.discard(candidate)
         on_generation()
@@ -96,7 +97,7 @@ def _propose(
     """
     candidates: list[GenomeParameter] = []
     rejections: list[Evaluation] = []
-    store = stages.store
+    store, ranking = stages.store, settings.ranking
     vocab_size = Corpus.load(store.work).vocab_size if settings.counted else 0
     tries = settings.population * (1 + (REJECTIONS_PER_PLACE if settings.counted else 0))
     with suppress(ng.errors.NevergradEarlyStopping):
@@ -107,7 +108,7 @@ def _propose(
             if rejection is None:
                 candidates.append(candidate)
             else:
-                optimizer.tell(candidate, None, settings.ranking.violation(rejection.metrics))
+                optimizer.tell(candidate, None, ranking.violation(rejection.metrics), tier=settings.rungs - 1)
                 rejections.append(rejection)
                 stages.view.rejected(rejection)
     store.add(*(rejection for rejection in rejections if store.find(rejection.genome_hash) is None))

@@ -53,6 +53,9 @@ class Task:
         settings: The search's settings.
         work: Folder with the saved corpus, where weights and results go.
         stage: "train" or "measure".
+        start: Training: go on after this step, from the checkpoint that is in `work` for it; from the beginning where
+            there is none.
+        stop: Training: stop after this step, and leave a checkpoint instead of the weights. None trains to the end.
     """
 
     genome: str
@@ -61,11 +64,18 @@ class Task:
     settings: Settings
     work: Path
     stage: str
+    start: int | None = None
+    stop: int | None = None
 
     @property
     def result_path(self) -> Path:
         """Where the result of this half is written."""
-        return self.work / f"{self.genome_hash}.{self.stage}.json"
+        rung = "" if self.stop is None else f"-{self.stop}"
+        return self.work / f"{self.genome_hash}.{self.stage}{rung}.json"
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where a training that stops after `step` leaves its checkpoint."""
+        return self.work / f"{self.genome_hash}.{step}.checkpoint"
 
 
 @dataclass(frozen=True)
@@ -168,14 +178,26 @@ def _train(task: Task, started: float, report: Callable[[int, float], None] | No
         return Outcome(Status.INVALID, {}, time.monotonic() - started, str(error))
     deadline = started + settings.timeout_seconds
     probe = (settings.probe_steps, corpus.unigram_entropy() - PROBE_MARGIN) if settings.probe_steps else None
+    start = None if task.start is None else task.checkpoint_path(task.start)
     result = train(
-        model, corpus, settings.train_config(), seed=task.seed, deadline=deadline, on_step=report, probe=probe
+        model,
+        corpus,
+        settings.train_config(),
+        seed=task.seed,
+        deadline=deadline,
+        on_step=report,
+        start=start if start is not None and start.exists() else None,
+        stop=task.stop,
+        keep=None if task.stop is None else task.checkpoint_path(task.stop),
+        probe=probe,
     )
     metrics = {"perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte, **_counts(model, settings)}
     if settings.timed:
         peak = _peak_bytes(model, settings)
         reference_peak = _reference_peak_bytes(task, model.config)
         metrics |= {"peak_memory_bytes": peak, "peak_memory_bytes_ratio": peak / reference_peak}
+    if task.stop is not None:
+        return Outcome(Status.OK, metrics, time.monotonic() - started, curve=tuple(result.curve))
     weights = task.work / f"{task.genome_hash}.safetensors"
     temporary = weights.with_suffix(".new")
     model.save(temporary)

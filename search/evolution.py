@@ -59,7 +59,6 @@ class NSGA2(AskTell):
             return self._alive, self._standing
         everyone = sorted(self._alive, key=lambda told: told.order)
         violations = np.array([told.violation for told in everyone])
-        standing = nsga2.survive(
-            stack(everyone, self.num_objectives), self.population_size, violations if violations.any() else None
-        )
+        tiers = np.array([told.tier for told in everyone])
+        standing = nsga2.survive(stack(everyone, self.num_objectives), self.population_size, violations, tiers)
         return [everyone[i] for i in standing.indices], standing

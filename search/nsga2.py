@@ -103,6 +103,30 @@ def constrained_ranks(losses: npt.ArrayLike, violations: npt.ArrayLike) -> IntAr
     return ranks
 
 
+def tiered_ranks(losses: npt.ArrayLike, violations: npt.ArrayLike, tiers: npt.ArrayLike) -> IntArray:
+    """Number the fronts where some points are not comparable: those of a lower tier all come before a higher one's.
+
+    Args:
+        losses: As `constrained_ranks`.
+        violations: As `constrained_ranks`.
+        tiers: [points], integers, 0 the best.
+
+    Returns:
+        The front of each point, [points], int64: inside each tier as `constrained_ranks` has them.
+
+    Raises:
+        ValueError: as `check_losses`.
+    """
+    array, broken, levels = check_losses(losses), np.asarray(violations), np.asarray(tiers)
+    ranks = np.zeros(len(array), dtype=np.int64)
+    behind = 0
+    for level in np.unique(levels):
+        members = np.flatnonzero(levels == level)
+        ranks[members] = behind + constrained_ranks(array[members], broken[members])
+        behind = int(ranks[members].max()) + 1
+    return ranks
+
+
 def crowding_distances(losses: npt.ArrayLike) -> FloatArray:
     """Measure how alone each point of one front is: the sum over objectives of the gap between its two neighbours.
 
@@ -159,7 +183,12 @@ def crowding_by_front(losses: npt.ArrayLike, ranks: IntArray) -> FloatArray:
     return distances
 
 
-def survive(losses: npt.ArrayLike, size: int, violations: npt.ArrayLike | None = None) -> Survivors:
+def survive(
+    losses: npt.ArrayLike,
+    size: int,
+    violations: npt.ArrayLike | None = None,
+    tiers: npt.ArrayLike | None = None,
+) -> Survivors:
     """Keep the best `size` points: whole fronts first, and of the front that does not fit the least crowded points.
 
     Parents and children go in together, which is what makes NSGA-II elitist (Deb et al. 2002, section III-C).
@@ -170,6 +199,7 @@ def survive(losses: npt.ArrayLike, size: int, violations: npt.ArrayLike | None =
         violations: By how much each point breaks the constraints, [points], see `constrained_ranks`. Default: none
             does. Points with a violation are told apart by it alone: their losses may be NaN, and crowding is not
             looked at.
+        tiers: Which points are comparable, [points], see `tiered_ranks`. Default: all are.
 
     Returns:
         The survivors, in the order of the rows. The same rows in another order give the same survivors, full ties
@@ -180,13 +210,14 @@ def survive(losses: npt.ArrayLike, size: int, violations: npt.ArrayLike | None =
     """
     if size < 1:
         raise ValueError(f"size: need 1 or more, got {size}")
-    if violations is None:
+    if violations is None and tiers is None:
         array = check_losses(losses)
         ranks = pareto_ranks(array)
     else:
-        # All equal where they must not count.
-        array = np.where(np.asarray(violations)[:, None] > 0, 0.0, np.asarray(losses, dtype=np.float64))
-        ranks = constrained_ranks(array, violations)
+        array = np.asarray(losses, dtype=np.float64)
+        broken = np.zeros(len(array)) if violations is None else np.asarray(violations)
+        array = np.where(broken[:, None] > 0, 0.0, array)  # all equal where they must not count
+        ranks = tiered_ranks(array, broken, np.zeros(len(array), dtype=np.int64) if tiers is None else tiers)
     if len(array) > size:
         counts = np.bincount(ranks)
         before = np.cumsum(counts) - counts

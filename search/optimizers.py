@@ -72,11 +72,13 @@ class GeneticAlgorithm(AskTell):
 
 def _by_average_rank(told: list[Told], num_objectives: int) -> nsga2.IntArray:
     """Return how many candidates are fitter than each, [candidates]; equal ones are equally placed."""
-    violations = np.array([one.violation for one in told])
-    losses = np.where(violations[:, None] > 0, 0.0, stack(told, num_objectives))
-    fewer = [np.searchsorted(np.sort(column[violations == 0]), column) for column in losses.T]
-    average = np.where(violations > 0, 0, np.sum(fewer, axis=0))
-    keys = np.stack([violations, average], axis=1)
+    tiers, violations = np.array([one.tier for one in told]), np.array([one.violation for one in told])
+    losses, average = stack(told, num_objectives), np.zeros(len(told))
+    for tier in np.unique(tiers):
+        members = np.flatnonzero((tiers == tier) & (violations == 0))
+        fewer = [np.searchsorted(np.sort(column), column) for column in losses[members].T]
+        average[members] = np.sum(fewer, axis=0)
+    keys = np.stack([tiers, violations, average], axis=1)
     _, place, counts = np.unique(keys, axis=0, return_inverse=True, return_counts=True)
     return np.asarray((np.cumsum(counts) - counts)[place.ravel()], dtype=np.int64)
 
@@ -95,8 +97,9 @@ class Nevergrad(AskTell):
     Further arguments and errors are those of `search.ask_tell.AskTell`.
     """
 
-    _OVER_ALL = 1e6  # beyond every mean logarithm
-    _FAILED = 1e9
+    _BROKEN = 1e5  # beyond every mean logarithm
+    _TIER = 1e8  # beyond every violation that is worth telling apart
+    _FAILED = 1e12
 
     def __init__(
         self,
@@ -131,9 +134,10 @@ class Nevergrad(AskTell):
 
     def _take_in(self, told: Told) -> None:
         if told.violation:
-            self._answer(told.candidate, self._OVER_ALL + told.violation)
+            answer = self._BROKEN + min(told.violation, self._BROKEN)
         else:
-            self._answer(told.candidate, float(np.log(np.maximum(told.losses, 1e-300)).mean()))
+            answer = float(np.log(np.maximum(told.losses, 1e-300)).mean())
+        self._answer(told.candidate, answer + self._TIER * told.tier)
 
     def _answer(self, candidate: ng.p.Parameter, loss: float) -> None:
         self._answers[candidate.get_value_hash()] = loss

@@ -71,17 +71,20 @@ class Ranking:
         objectives: Metrics to minimise.
         budget: Terms that every winner keeps.
         epsilon: Two values of a timed objective less than this fraction apart can count as equal; 0 for never.
+        rungs: Rungs of successive halving; a candidate that stopped below the last one is compared with those that
+            stopped there alone, and is on no front. 1 for whole trainings.
     """
 
     objectives: tuple[str, ...]
     budget: tuple[Term, ...] = ()
     epsilon: float = 0.0
+    rungs: int = 1
 
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> Self:
         """Read the ranking of a run from its config.json; a run from before there were budgets has none."""
         budget = tuple(Term.parse(text) for text in values.get("budget", ()))
-        return cls(tuple(values["objectives"]), budget, values.get("epsilon", 0.0))
+        return cls(tuple(values["objectives"]), budget, values.get("epsilon", 0.0), values.get("rungs", 1))
 
     def losses(self, metrics: Mapping[str, float]) -> list[float]:
         """Return what dominance is decided on, one number an objective: times as the lower edge of their box.
@@ -101,6 +104,10 @@ class Ranking:
             return value
         width = math.log1p(self.epsilon)
         return math.exp(width * math.floor(math.log(value) / width))
+
+    def tier(self, reached: int) -> int:
+        """Return how many rungs short of the last a training stopped that reached so many; 0 for one without rungs."""
+        return self.rungs - reached if reached else 0
 
     def violation(self, metrics: Mapping[str, float]) -> float:
         """Return by how much the metrics break the budget: the terms' relative violations, summed; 0 if they keep it.

@@ -22,7 +22,8 @@ import numpy.typing as npt
 from search.nsga2 import FloatArray, hypervolume
 from search.ranking import Ranking
 from search.report_metrics import needs_log_axis
-from search.store import Evaluation, Status, front_of, read_evaluations
+from search.settings import RUNG_FACTOR
+from search.store import Evaluation, Status, front_of, is_feasible, read_evaluations
 
 BoolArray = npt.NDArray[np.bool_]
 # The reference point lies a tenth of the box outside it, so that the extreme members of a front count too.
@@ -53,15 +54,21 @@ class Run:
 
     @property
     def scored(self) -> tuple[Evaluation, ...]:
-        """The candidates with a number for every objective that keep the budget."""
+        """The candidates with a number for every objective that trained to the end and keep the budget."""
         ranking = self.ranking
-        return tuple(c for c in self.candidates if self.is_scored(c) and ranking.violation(c.metrics) == 0)
+        return tuple(c for c in self.candidates if self.is_scored(c) and is_feasible(c, ranking))
+
+    @property
+    def stopped(self) -> int:
+        """How many candidates stopped at a rung below the last."""
+        return sum(c.status is Status.OK and self.ranking.tier(len(c.rungs)) > 0 for c in self.candidates)
 
     @property
     def over_budget(self) -> int:
-        """How many candidates were trained and measured, and break the budget."""
+        """How many candidates were trained to the end and measured, and break the budget."""
         ranking = self.ranking
-        return sum(c.status is Status.OK and ranking.violation(c.metrics) > 0 for c in self.candidates)
+        ended = (c for c in self.candidates if c.status is Status.OK and not ranking.tier(len(c.rungs)))
+        return sum(ranking.violation(c.metrics) > 0 for c in ended)
 
     @property
     def scored_baselines(self) -> tuple[Evaluation, ...]:
@@ -183,6 +190,60 @@ def _by_evaluation(run: Run, volume: Callable[[Sequence[Evaluation]], float]) ->
         curve.append((count, volume(front)))
         done = count
     return tuple(curve)
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One rung of successive halving below the last.
+
+    Attributes:
+        steps: Training steps at which it ends.
+        candidates: How many were trained so far.
+        finished: How many of them were trained to the end.
+        correlation: Spearman's rank correlation of the perplexity here with the one at the end, over those; None for
+            fewer than three. They are the best of their rung, so that it is lower than over all candidates.
+    """
+
+    steps: int
+    candidates: int
+    finished: int
+    correlation: float | None
+
+
+def compare_rungs(run: Run) -> list[Rung]:
+    """Tell how well each rung foretells the end; empty for a run without rungs."""
+    config, rungs = run.config, run.ranking.rungs
+    steps = config["tokens"] // (config["batch_size"] * config["seq_len"]) if rungs > 1 else 0
+    finished = [c for c in run.candidates if c.status is Status.OK and len(c.rungs) == rungs]
+    found = []
+    for rung in range(rungs - 1):
+        pairs = [(c.rungs[rung]["perplexity"], c.rungs[-1]["perplexity"]) for c in finished]
+        found.append(
+            Rung(
+                steps=steps // RUNG_FACTOR ** (rungs - 1 - rung),
+                candidates=sum(len(c.rungs) > rung for c in run.candidates),
+                finished=len(finished),
+                correlation=spearman(*zip(*pairs, strict=True)) if len(pairs) >= 3 else None,
+            )
+        )
+    return found
+
+
+def spearman(a: Sequence[float], b: Sequence[float]) -> float:
+    """Return Spearman's rank correlation of two equally long sequences; equal values share the mean of their ranks.
+
+    NaN where one of them does not vary.
+    """
+
+    def ranks(values: Sequence[float]) -> FloatArray:
+        _, place, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
+        means: FloatArray = np.cumsum(counts) - (counts - 1) / 2
+        return means[place]
+
+    first, second = ranks(a), ranks(b)
+    if first.std() == 0 or second.std() == 0:
+        return math.nan
+    return float(np.corrcoef(first, second)[0, 1])
 
 
 def find_ancestors(run: Run, member: Evaluation, limit: int) -> list[Evaluation]:

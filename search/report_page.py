@@ -6,6 +6,7 @@ Styles, scripts and plotly are inside the page, and its content security policy 
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ import plotly.graph_objects as go
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from search.report_data import Progress, Run, count_failures, find_ancestors, follow_progress
+from search.report_data import Progress, Run, Rung, compare_rungs, count_failures, find_ancestors, follow_progress
 from search.report_drawing import FAMILIES, base_class, draw_genome, draw_lineage, family_of, liv_classes
 from search.report_figures import best_figure, curve_figure, front_figure, hypervolume_figure, population_figure
 from search.report_metrics import Column, format_seconds, humanise, list_facts, order_metrics
@@ -82,8 +83,9 @@ def _run_context(run: Run) -> dict[str, Any]:
         "run_name": run.directory.resolve().name,
         "lead": f"{_count(len(run.candidates), 'candidate')} in {_count(done, 'generation')}{of_planned}: "
         f"{f'{untrained} over the budget and not trained, ' if untrained else ''}"
-        f"{len(run.candidates) - failed - untrained} trained and measured, {failed} failed, {len(run.front)} on the "
-        "front. "
+        f"{len(run.candidates) - failed - untrained} trained and measured"
+        f"{f' ({run.stopped} of them to a lower rung)' if run.stopped else ''}, {failed} failed, "
+        f"{len(run.front)} on the front. "
         f"{'' if run.front or not run.ranking.budget else sentence_without_front(run.candidates, run.ranking) + ' '}"
         f"{_count(len(run.baselines), 'baseline')} beside them. {format_seconds(seconds)} of work in all.",
         "machine": list_facts(config.get("machine") or {}),
@@ -93,12 +95,20 @@ def _run_context(run: Run) -> dict[str, Any]:
         "outcomes": [{"status": status.value, "count": count} for status, count in counts.items()],
         "outcome_summary": ", ".join(f"{status.value} {count}" for status, count in counts.items()),
         "failures": count_failures((*run.candidates, *run.baselines)),
-        "unscored": counts[Status.OK] - len(run.scored) - run.over_budget,
+        "unscored": counts[Status.OK] - len(run.scored) - run.over_budget - run.stopped,
+        "rungs": [_rung_row(rung) for rung in compare_rungs(run)],
+        "stopped": run.stopped,
         "over_budget": run.over_budget,
         "budget": [str(term) for term in run.ranking.budget],
         "load_snippet": _load_snippet(run) if run.front else None,
         "resume_snippet": f"python -m search.run --resume --out {shlex.quote(str(run.directory))}",
     }
+
+
+def _rung_row(rung: Rung) -> dict[str, Any]:
+    correlation = rung.correlation
+    shown = "–" if correlation is None or math.isnan(correlation) else f"{correlation:.2f}".replace("-", "−")
+    return {"steps": rung.steps, "candidates": rung.candidates, "finished": rung.finished, "correlation": shown}
 
 
 def _axes(run: Run) -> dict[str, Column]:

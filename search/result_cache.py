@@ -93,6 +93,7 @@ class ResultCache:
             "data": self._fingerprint,
             "genome": task.genome,
             "stage": task.stage,
+            "steps": task.stop or settings.steps,  # where a training began does not change where it ends
             "seed": task.seed,
             "model": asdict(settings.model_config(256)),  # of the vocabulary, the fingerprint tells
             "training": asdict(settings.train_config()),

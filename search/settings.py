@@ -19,6 +19,9 @@ OBJECTIVES = (*TRAINED, *MEASURED, *(f"{name}_ratio" for name in MEASURED))
 measured interleaved."""
 
 
+RUNG_FACTOR = 3
+"""A rung trains so many times as long as the one below, and one candidate in so many goes on to it."""
+
 OPTIMIZERS = ("nsga2", "random", "ga")
 """The search's own optimizers; any of nevergrad's that takes genomes goes by its name there."""
 
@@ -46,6 +49,8 @@ class Settings:
         accumulation: Parts that a training step's batch is cut into, to fit memory.
         learning_rate: Peak rate of AdamW; None takes `search.train.peak_rate` of the width.
         warmup_steps: Steps of linear warm-up; None takes a tenth of all.
+        rungs: With 2 or more, successive halving: a generation trains a part of its steps, the best third of it three
+            times as many, and so on up to all of them at the last rung. 1 trains every candidate to the end.
         probe_steps: After so many steps, a training whose loss is not below what the tokens' frequencies alone would
             give is stopped; 0 for never.
         precision: "float32", or "bfloat16" for autocast in training.
@@ -78,6 +83,7 @@ class Settings:
     accumulation: int = 1
     learning_rate: float | None = None
     warmup_steps: int | None = None
+    rungs: int = 1
     probe_steps: int = 0
     precision: Precision = "float32"
     measure_threads: int = 0
@@ -115,6 +121,7 @@ class Settings:
             ("valid_tokens", 1),
             ("measure_threads", 0),
             ("probe_steps", 0),
+            ("rungs", 1),
             ("jobs", 0),
             ("seed", 0),
         ):
@@ -134,6 +141,11 @@ class Settings:
             raise SettingsError(
                 f"tokens: needs at least one batch of {self.batch_size} x {self.seq_len} = "
                 f"{self.batch_size * self.seq_len} tokens, got {self.tokens}"
+            )
+        if RUNG_FACTOR ** (self.rungs - 1) > self.steps:
+            raise SettingsError(
+                f"rungs: needs a step at the lowest of them, {RUNG_FACTOR} times as many at each next one and the "
+                f"{self.steps} steps of a training at the last, got {self.rungs}"
             )
         if self.probe_steps > self.steps:
             raise SettingsError(
@@ -173,12 +185,17 @@ class Settings:
     @property
     def ranking(self) -> Ranking:
         """How candidates are compared."""
-        return Ranking(self.objectives, self.terms, self.epsilon)
+        return Ranking(self.objectives, self.terms, self.epsilon, self.rungs)
 
     @property
     def steps(self) -> int:
         """Training steps of each candidate."""
         return self.tokens // (self.batch_size * self.seq_len)
+
+    @property
+    def rung_steps(self) -> tuple[int, ...]:
+        """Training steps at which each rung ends, lowest first; the last one's are all."""
+        return tuple(self.steps // RUNG_FACTOR**above for above in reversed(range(self.rungs)))
 
     @property
     def timed(self) -> bool:

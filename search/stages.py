@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
+from search import nsga2
 from search.data import Corpus
 from search.evaluate import Outcome, Task, candidate_seed
 from search.result_cache import ResultCache
-from search.settings import Settings
+from search.settings import RUNG_FACTOR, Settings
 from search.store import Evaluation, Status, Store
 from search.view import View
 from search.workers import Workers
@@ -30,7 +32,7 @@ class Request:
     parents: tuple[str, ...] = ()
     repaired: bool = False
 
-    def evaluation(self, outcome: Outcome, settings: Settings) -> Evaluation:
+    def evaluation(self, outcome: Outcome, settings: Settings, rungs: Sequence[Mapping[str, float]] = ()) -> Evaluation:
         """Return the row of the log for an outcome."""
         genome_hash = self.genome.hash
         return Evaluation(
@@ -48,7 +50,18 @@ class Request:
             repaired=self.repaired,
             curve=outcome.curve,
             cached=outcome.cached,
+            rungs=tuple(rungs),
         )
+
+
+@dataclass(eq=False)
+class _Climber:
+    """A request on its way up the rungs: its outcome so far, and what training gave at each rung."""
+
+    request: Request
+    outcome: Outcome
+    measured: Outcome | None = None
+    rungs: list[Mapping[str, float]] = field(default_factory=list)
 
 
 class Stages:
@@ -76,25 +89,96 @@ class Stages:
 
     def evaluate(self, requests: Sequence[Request]) -> list[Evaluation]:
         """Return the evaluations of `requests`, in order: those in the log from there, the others trained together and
-        measured one by one."""
+        measured one by one. With rungs, candidates climb them; the baselines are trained in one go."""
         known = {request.genome.hash: self.store.find(request.genome.hash) for request in requests}
-        missing = [request.genome for request in requests if known[request.genome.hash] is None]
-        trained = self._run([self.task(genome, "train") for genome in missing])
+        new = [request for request in requests if known[request.genome.hash] is None]
+        fresh = {request.genome.hash for request in new}
+        if self.settings.rungs > 1:
+            climbed = self._climb([request for request in new if request.kind == "candidate"])
+            self.store.add(*climbed)
+            known |= {evaluation.genome_hash: evaluation for evaluation in climbed}
+            new = [request for request in new if request.kind != "candidate"]
+        trained = self._run([self.task(request.genome, "train") for request in new])
         evaluations = []
         for request in requests:
-            evaluation = known[request.genome.hash]
-            fresh = evaluation is None
+            genome_hash = request.genome.hash
+            evaluation = known[genome_hash]
             if evaluation is None:
-                outcome = trained[request.genome.hash]
+                outcome = trained[genome_hash]
                 if outcome.status is Status.OK and self.settings.timed:
                     outcome = _joined(outcome, self._measure(request.genome))
                 evaluation = request.evaluation(outcome, self.settings)
                 self.store.add(evaluation)
-                for stage in ("train", "measure"):
-                    self.task(request.genome, stage).result_path.unlink(missing_ok=True)
-            self.view.done(evaluation, fresh)
+            if genome_hash in fresh:
+                self._forget(request.genome)
+            self.view.done(evaluation, genome_hash in fresh)
             evaluations.append(evaluation)
         return evaluations
+
+    def _climb(self, requests: Sequence[Request]) -> list[Evaluation]:
+        """Train `requests` rung by rung, synchronous successive halving with a Pareto front instead of a best.
+
+        At each rung the best third goes on, by front and crowding among those that came so far (Schmucker et al.,
+        "Multi-objective asynchronous successive halving", 2021, arXiv:2106.12639), from their checkpoints; the schedule
+        of the learning rate is that of the whole training, so that who reaches the last rung has trained as in one go.
+        Times and memory do not depend on training, and are measured once, after the lowest rung. Who goes on is decided
+        from result files that stay until all are logged together: a search that is killed in between decides the same.
+
+        Source: Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization", 2016,
+        arXiv:1502.07943. Differs from it in: rounds are generations, so that nothing depends on which training ends
+        first, where Li et al., "A system for massively parallel hyperparameter tuning" (ASHA), 2020, arXiv:1810.05934,
+        promote as soon as they can.
+        """
+        settings, steps = self.settings, self.settings.rung_steps
+        climbers = [_Climber(request, Outcome(Status.OK, {}, 0.0)) for request in requests]
+        going = climbers
+        for rung, stop in enumerate(steps):
+            last = rung == len(steps) - 1
+            start = steps[rung - 1] if rung else None
+            tasks = [
+                replace(self.task(c.request.genome, "train"), start=start, stop=None if last else stop) for c in going
+            ]
+            trained = self._run(tasks)
+            for climber in going:
+                self._reach(climber, trained[climber.request.genome.hash])
+            going = [climber for climber in going if climber.outcome.status is Status.OK]
+            if not last and going:
+                places = math.ceil(settings.population / RUNG_FACTOR ** (rung + 1))
+                promoted = self._promoted(going, places)
+                for climber in going:
+                    if climber not in promoted:
+                        self.task(climber.request.genome, "train").checkpoint_path(stop).unlink(missing_ok=True)
+                going = promoted
+        return [c.request.evaluation(c.outcome, settings, c.rungs) for c in climbers]
+
+    def _reach(self, climber: _Climber, trained: Outcome) -> None:
+        """Take a training's outcome at one rung into the candidate's."""
+        before = climber.outcome.seconds
+        climber.outcome = replace(trained, seconds=before + trained.seconds)
+        if trained.status is not Status.OK:
+            return
+        if self.settings.timed:
+            if climber.measured is None:
+                climber.measured = self._measure(climber.request.genome)
+                climber.outcome = _joined(climber.outcome, climber.measured)
+            else:
+                climber.outcome = _joined(climber.outcome, replace(climber.measured, seconds=0.0))
+        climber.rungs.append({name: trained.metrics[name] for name in ("perplexity", "bits_per_byte")})
+
+    def _promoted(self, climbers: Sequence[_Climber], places: int) -> list[_Climber]:
+        ranking = self.settings.ranking
+        metrics = [climber.outcome.metrics for climber in climbers]
+        losses, violations = [ranking.losses(m) for m in metrics], [ranking.violation(m) for m in metrics]
+        return [climbers[i] for i in nsga2.survive(losses, places, violations).indices]
+
+    def _forget(self, genome: Genome) -> None:
+        """Delete what the trainings of a genome that is in the log have left."""
+        train, measure = self.task(genome, "train"), self.task(genome, "measure")
+        left = [train.result_path, measure.result_path]
+        for step in self.settings.rung_steps[:-1]:
+            left += [replace(train, stop=step).result_path, train.checkpoint_path(step)]
+        for path in left:
+            path.unlink(missing_ok=True)
 
     def give_weights(self, front: Sequence[Evaluation]) -> None:
         """Train those of the front again whose results came from the cache, since no weights came with them.

@@ -59,6 +59,8 @@ class Evaluation:
         repaired: Whether the genome came out of variation invalid and was repaired.
         curve: Training loss in nats by step.
         cached: Whether the training's result is an earlier run's.
+        rungs: With successive halving, what the training gave at each rung that it reached, lowest first; empty for a
+            training in one go.
     """
 
     genome: str
@@ -75,6 +77,7 @@ class Evaluation:
     repaired: bool = False
     curve: tuple[tuple[int, float], ...] = field(default=(), repr=False)
     cached: bool = False
+    rungs: tuple[Mapping[str, float], ...] = ()
 
 
 _SCHEMA = """
@@ -185,6 +188,9 @@ class Store:
                 path.replace(self.best / path.name)
             elif path.name in logged:
                 path.unlink()
+        for path in self.work.glob("*.checkpoint"):
+            if path.name.split(".")[0] + ".safetensors" in logged:  # left by a driver that was killed
+                path.unlink()
         for path in self.best.glob("*.safetensors"):
             if path.name not in kept:
                 path.unlink()
@@ -215,9 +221,9 @@ def front_of(evaluations: Iterable[Evaluation], ranking: Ranking) -> list[Evalua
 
 
 def is_feasible(evaluation: Evaluation, ranking: Ranking) -> bool:
-    """Tell whether an evaluation is a candidate's that succeeded and keeps the budget."""
+    """Tell whether an evaluation is a candidate's that succeeded, trained to the end, and keeps the budget."""
     succeeded = evaluation.kind == "candidate" and evaluation.status is Status.OK
-    return succeeded and ranking.violation(evaluation.metrics) == 0
+    return succeeded and not ranking.tier(len(evaluation.rungs)) and ranking.violation(evaluation.metrics) == 0
 
 
 def sentence_without_front(evaluations: Sequence[Evaluation], ranking: Ranking) -> str:
@@ -258,6 +264,9 @@ def read_json(path: Path) -> Any:
 
 
 def _to_row(evaluation: Evaluation) -> tuple[Any, ...]:
+    details: dict[str, Any] = {"cached": True} if evaluation.cached else {}
+    if evaluation.rungs:
+        details["rungs"] = [dict(metrics) for metrics in evaluation.rungs]
     return (
         evaluation.kind,
         evaluation.name,
@@ -272,7 +281,7 @@ def _to_row(evaluation: Evaluation) -> tuple[Any, ...]:
         json.dumps(evaluation.parents),
         int(evaluation.repaired),
         json.dumps(evaluation.curve),
-        json.dumps({"cached": True} if evaluation.cached else {}),
+        json.dumps(details),
     )
 
 
@@ -294,6 +303,7 @@ def _from_row(row: tuple[Any, ...]) -> Evaluation:
         repaired=bool(repaired),
         curve=tuple((step, loss) for step, loss in json.loads(curve)),
         cached=details.get("cached", False),
+        rungs=tuple(details.get("rungs", ())),
     )
 
 

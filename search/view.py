@@ -118,6 +118,8 @@ class View:
     def _line(self, evaluation: Evaluation) -> str:
         where = evaluation.name or f"generation {evaluation.generation}"
         where += " (cached)" if evaluation.cached else ""
+        if evaluation.rungs and self._ranking.rungs > 1:
+            where += f", rung {len(evaluation.rungs)} of {self._ranking.rungs}"
         if evaluation.status is Status.OK:
             shown = "  ".join(f"{name} {_shown(name, evaluation.metrics[name])}" for name in self.settings.objectives)
             if broken := self._ranking.reason(evaluation.metrics):

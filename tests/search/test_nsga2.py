@@ -105,6 +105,24 @@ def test_survivors_under_constraints_are_the_lowest_fronts(drawn, size):
     assert nsga2.survive(unknown, size, violations).indices.tolist() == survivors.indices.tolist()
 
 
+@settings(max_examples=100, deadline=None)
+@given(losses_and_violations(), st.data())
+def test_a_lower_tier_comes_before_a_higher_one(drawn, data):
+    losses, violations = drawn
+    tiers = np.array(data.draw(st.lists(st.integers(0, 2), min_size=len(losses), max_size=len(losses))))
+    ranks = nsga2.tiered_ranks(losses, violations, tiers)
+    behind = 0
+    for tier in sorted(set(tiers)):
+        members = np.flatnonzero(tiers == tier)
+        expected = behind + brute_force_constrained_ranks(losses[members], violations[members])
+        assert ranks[members].tolist() == expected.tolist()
+        behind = ranks[members].max() + 1
+    size = data.draw(st.integers(1, 30))
+    survivors = nsga2.survive(losses, size, violations, tiers)
+    assert sorted(ranks[survivors.indices]) == sorted(ranks)[: len(survivors.indices)]
+    assert survivors.ranks.tolist() == ranks[survivors.indices].tolist()
+
+
 def test_without_a_violation_constraints_change_nothing():
     losses = np.random.default_rng(0).random((60, 3))
     plain, constrained = nsga2.survive(losses, 20), nsga2.survive(losses, 20, np.zeros(60))

@@ -10,7 +10,8 @@ import pytest
 
 from search import nsga2, run
 from search.ask_tell import AskTell
-from search.optimizers import GeneticAlgorithm, RandomSearch, make_optimizer
+from search.evolution import NSGA2
+from search.optimizers import GeneticAlgorithm, Nevergrad, RandomSearch, make_optimizer
 from search.report_data import follow_progress, read_run
 from search.settings import SettingsError
 from search.store import Status, Store, write_json
@@ -121,6 +122,26 @@ def test_a_genetic_algorithm_chooses_the_better_average_rank() -> None:
     first = [nsga2.tournament_pair(optimizer._standing, np.zeros(6), optimizer._rng)[0] for _ in range(2000)]
     assert np.bincount(first, minlength=6)[4] == 0  # behind all others: it wins no tournament
     assert np.argsort(np.bincount(first, minlength=6))[-1] in np.flatnonzero(sums == sums.min())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_lower_tier_is_better_than_any_of_a_higher_one(name: str) -> None:
+    optimizer = optimizer_of(name)
+    asked = [optimizer.ask() for _ in range(8)]
+    for number, candidate in enumerate(asked):
+        tier = number % 2
+        optimizer.tell(candidate, [9.0 - number] * 3, 0.5 if number == 6 else None, tier=tier)
+    # Of tier 0, without a violation: 0, 2 and 4, of which the last is best in all.
+    assert [member.candidate.uid for member in optimizer.front()] == [asked[4].uid]
+    following = optimizer.ask()
+    if isinstance(optimizer, GeneticAlgorithm):
+        assert np.argsort(optimizer._standing).tolist() == [4, 2, 0, 6, 7, 5, 3, 1]
+    if isinstance(optimizer, Nevergrad):
+        answers = [optimizer._answers[candidate.get_value_hash()] for candidate in asked]
+        assert np.argsort(answers).tolist() == [4, 2, 0, 6, 7, 5, 3, 1]
+    if isinstance(optimizer, NSGA2):
+        assert [member.rank for member in optimizer.population] == [2, 7, 1, 6, 0, 5, 3, 4]
+    assert following.uid not in {candidate.uid for candidate in asked}
 
 
 def test_a_generation_that_failed_is_sampled_again() -> None:

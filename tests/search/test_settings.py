@@ -47,6 +47,11 @@ def test_a_measured_term_of_the_budget_asks_for_the_measurement() -> None:
     assert not dataclasses.replace(plain, budget=("peak_memory_bytes<=5",)).counted
 
 
+def test_rungs_end_after_thirds() -> None:
+    assert PRESETS["laptop"].rung_steps == (128,)
+    assert dataclasses.replace(PRESETS["laptop"], rungs=3).rung_steps == (14, 42, 128)
+
+
 def test_missing_setting_is_an_error() -> None:
     values = PRESETS["smoke"].to_json()
     del values["depth"]
@@ -69,6 +74,8 @@ def test_missing_setting_is_an_error() -> None:
         ({"budget": ("parameters<=1", "parameters>=2")}, "no genome can keep both parameters>=2 and parameters<=1"),
         ({"epsilon": 1.0}, "epsilon: needs a number from 0 to below 1, got 1.0"),
         ({"epsilon": float("nan")}, "epsilon: needs a number from 0 to below 1, got nan"),
+        ({"rungs": 0}, "rungs: needs at least 1, got 0"),
+        ({"rungs": 5}, "rungs: needs a step at the lowest of them, 3 times as many .* the 32 steps .*, got 5"),
         ({"probe_steps": 33}, "probe_steps: needs at most the 32 steps of a training, got 33"),
         ({"workers": "threads"}, "workers: needs inline or processes, got 'threads'"),
         ({"population": 3}, "population: needs at least 4, got 3"),

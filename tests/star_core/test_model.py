@@ -156,6 +156,26 @@ def test_load_of_another_file_fails_clearly(tmp_path) -> None:  # type: ignore[n
         load(tmp_path / "other.safetensors")
 
 
+@pytest.mark.parametrize("liv_class", [1, 3, 4], ids=lambda liv_class: POOL[liv_class].name)
+def test_attention_keeps_queries_and_keys_for_training_once(liv_class: int) -> None:
+    """The product that queries, keys and values are cut from is not kept: of q and k, the rotated ones alone are."""
+    model = LanguageModel(Genome.parse(f"{liv_class}.1.1.1.1"), CONFIG, seed=0)
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    tokens = tokens_for(0, 2, 64)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+    product = model.backbone.livs[0].featurizer.project.weight.shape[0]  # type: ignore[union-attr, index]
+    assert 2 * 63 * product * 4 not in kept.values()
+    assert 2 * 63 * CONFIG.width * 4 in kept.values()
+    loss.backward()
+
+
 def test_generate_greedy_equals_full_passes() -> None:
     model = LanguageModel(Genome.parse("11111-51111-71111-81111-91111"), CONFIG, seed=1)
     prompt = tokens_for(2, 2, 5)

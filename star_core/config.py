@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from star_core.genome.extension import SizeGenes
 
 
 @dataclass(frozen=True)
@@ -49,3 +51,14 @@ class ModelConfig:
         for name in ("qk_norm", "tie_embeddings", "scale_embeddings"):
             if not isinstance(value := getattr(self, name), bool):
                 raise TypeError(f"{name}: needs a bool, got {value!r}")
+
+    def with_sizes(self, sizes: SizeGenes) -> ModelConfig:
+        """Return these sizes with a genome's in their place where it decides them.
+
+        Raises:
+            ValueError: The two do not fit together.
+        """
+        width = self.width if sizes.width is None else sizes.width
+        head_dim = self.head_dim if sizes.head_dim is None else sizes.head_dim
+        ffn_width = self.ffn_width if sizes.ffn is None else sizes.ffn * width
+        return replace(self, width=width, head_dim=head_dim, ffn_width=ffn_width)

@@ -19,16 +19,17 @@ from torch.utils.checkpoint import checkpoint
 
 from star_core.cache import Cache, StateSpec
 from star_core.config import ModelConfig
-from star_core.genome import POOL, Genome, validate
+from star_core.genome import Genome, Residual, validate
+from star_core.genome.extension import NO_SIZES, SizeGenes
 from star_core.liv import LIV, Features, build_featurizer, build_liv
 from star_core.liv._base import OutputProjection
-from star_core.liv.build import LIVShape
+from star_core.liv.own import LIVShape
 from star_core.ragged import Ragged, attention_mask_of
 from star_kernels import add_rms_norm, linear_cross_entropy, rms_norm
 
 
 class Backbone(nn.Module):
-    """The LIVs of a genome, pre-normed, each added to the residual stream.
+    """The LIVs of a genome, each added to the residual stream; pre-normed, unless the genome moves their norms.
 
     Featurizers that LIVs share are one module; tensors that LIVs share are computed once a pass, by the first of them.
 
@@ -45,6 +46,10 @@ class Backbone(nn.Module):
         super().__init__()
         if violations := validate(genome):
             raise ValueError(f"genome: {genome} is not valid: {'; '.join(item.message for item in violations)}")
+        config = config.with_sizes(genome.sizes)
+        beyond_paper = genome.sizes != NO_SIZES or any(liv.extension for liv in genome.livs)
+        if beyond_paper and (violations := validate(genome, SizeGenes(config.width, head_dim=config.head_dim))):
+            raise ValueError(f"width: {genome} does not fit: {'; '.join(item.message for item in violations)}")
         self.genome = genome
         self.eps = config.norm_eps
         self.gradient_checkpointing = False
@@ -55,7 +60,7 @@ class Backbone(nn.Module):
         shape = LIVShape(
             config.width, config.head_dim, config.time_scale, config.rope_base, config.ffn_width, qk_norm_eps
         )
-        classes = [POOL[genes.liv_class] for genes in genome.livs]
+        classes = genome.classes
         sharing = genome.sharing()
         self.tensor_source = [dict(sources) for sources in sharing.tensor_source]
         # A featurizer has weights for a group as soon as one LIV that it serves computes that group.
@@ -69,6 +74,15 @@ class Backbone(nn.Module):
             for index, (liv, first) in enumerate(zip(classes, sharing.featurizer_source, strict=True))
         )
         self.norms = nn.ParameterList(nn.Parameter(torch.ones(config.width)) for _ in range(len(classes) + 1))
+        self.placements = [cls.residual for cls in classes]
+        # Norms of LIVs' outputs start as small as GPT-2's rule makes the other LIVs' weights.
+        self.out_norms = nn.ParameterDict(
+            {
+                str(index): nn.Parameter(torch.full((config.width,), (2 * len(classes)) ** -0.5))
+                for index, placement in enumerate(self.placements)
+                if placement is Residual.SANDWICH
+            }
+        )
         # Features are kept no longer than the last LIV that reuses them.
         self.last_use: dict[int, int] = {}
         for index, sources in enumerate(self.tensor_source):
@@ -144,11 +158,9 @@ class Backbone(nn.Module):
         # Not with a cache: a second forward pass would write to it again.
         recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled() and cache is None
         features: dict[int, Features] = {}
-        h, residual = rms_norm(x, self.norms[0], eps=self.eps), x
-        for index, liv in enumerate(self.livs):
-            if residuals is not None:
-                residuals.append(residual)
-            state = None if cache is None else cache.states[index]
+
+        def call(index: int, h: Tensor) -> Tensor:
+            liv, state = self.livs[index], None if cache is None else cache.states[index]
             reused = self._reused(index, features)
             if recomputes and index % self.checkpoint_every == 0:
                 y, shared = self._recomputed(liv, h, reused, ragged)
@@ -156,11 +168,39 @@ class Backbone(nn.Module):
                 y, shared = liv(h, reused=reused, state=state, offset=offset, ragged=ragged)
             if index in self.last_use:
                 features[index] = shared
-            features = {source: kept for source, kept in features.items() if self.last_use[source] > index}
-            h, residual = add_rms_norm(y, residual, self.norms[index + 1], eps=self.eps)
+            for source in [source for source in features if self.last_use[source] <= index]:
+                del features[source]
+            return y
+
+        if any(placement is not Residual.PRE_NORM for placement in self.placements):
+            return self._run_placed(x, call, residuals)
+        h, residual = rms_norm(x, self.norms[0], eps=self.eps), x
+        for index in range(len(self.livs)):
+            if residuals is not None:
+                residuals.append(residual)
+            h, residual = add_rms_norm(call(index, h), residual, self.norms[index + 1], eps=self.eps)
         if residuals is not None:
             residuals.append(residual)
         return h
+
+    def _run_placed(self, x: Tensor, call: Callable[[int, Tensor], Tensor], residuals: list[Tensor] | None) -> Tensor:
+        """Run every LIV with its norms where its genes put them; see `Residual`."""
+        beside: Tensor | None = None  # outputs of parallel LIVs, which the next one does not read
+        for index, placement in enumerate(self.placements):
+            if residuals is not None:
+                residuals.append(x)
+            norm = self.norms[index]
+            y = call(index, x if placement is Residual.POST_NORM else rms_norm(x, norm, eps=self.eps))
+            if placement is Residual.SANDWICH:
+                y = rms_norm(y, self.out_norms[str(index)], eps=self.eps)
+            beside = y if beside is None else beside + y
+            if placement is not Residual.PARALLEL:
+                x, beside = x + beside, None
+            if placement is Residual.POST_NORM:
+                x = rms_norm(x, norm, eps=self.eps)
+        if residuals is not None:
+            residuals.append(x)
+        return rms_norm(x, self.norms[len(self.placements)], eps=self.eps)
 
     def _recomputed(
         self, liv: nn.Module, h: Tensor, reused: Features, ragged: Ragged | None
@@ -215,6 +255,8 @@ class Backbone(nn.Module):
 class LanguageModel(nn.Module):
     """A causal language model with the backbone that a genome describes, and one embedding for input and output.
 
+    Its `config` holds the sizes that the genome decides in place of those given.
+
     Unless the configuration says otherwise, the output layer is the embedding, which is scaled by sqrt(width) on its
     way in, as in Gemma (arXiv 2403.08295), so that tied weights of variance 1/width give a residual stream and logits
     of variance 1.
@@ -230,6 +272,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, genome: Genome, config: ModelConfig, *, seed: int | None = None) -> None:
         super().__init__()
+        config = config.with_sizes(genome.sizes)
         self.config = config
         with _seeded(seed):
             self.embedding = nn.Parameter(torch.randn(config.vocab_size, config.width) * config.width**-0.5)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from star_core.genome.backbone import Genome
-from star_core.genome.pool import POOL
 
 
 def describe(genome: Genome) -> str:
@@ -17,7 +16,7 @@ def describe(genome: Genome) -> str:
     """
     sharing = genome.sharing()
     lines = [f"{len(genome)} LIVs, {genome.canonical()}, hash {genome.hash}"]
-    for position, liv in enumerate(genome.livs):
+    for position, cls in enumerate(genome.classes):
         notes = []
         if (source := sharing.featurizer_source[position]) != position:
             notes.append(f"featurizer weights of LIV {source}")
@@ -25,5 +24,5 @@ def describe(genome: Genome) -> str:
         for name, source in sorted(sharing.tensor_source[position].items()):
             by_source.setdefault(source, []).append(name)
         notes.extend(f"{' and '.join(names)} of LIV {source}" for source, names in by_source.items())
-        lines.append(f"{position:>3}  {POOL[liv.liv_class].name:<12} {'; '.join(notes)}".rstrip())
+        lines.append(f"{position:>3}  {cls.name:<12} {'; '.join(notes)}".rstrip())
     return "\n".join(lines)

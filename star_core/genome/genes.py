@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from star_core.genome._text import whole_number
+from star_core.genome.extension import Extension
 
 GENES = ("liv_class", "featurizer_group", "featurizer_strategy", "feature_group", "feature_strategy")
 """Names of the genes of a LIV, in the order of the text form."""
@@ -24,8 +25,10 @@ class LIVGenes:
         feature_strategy: 1 shares nothing; 2, 3 and 4 share the first, the second, or both of the groups that the
             class can
             share: attention k, v; recurrence B, C; gated convolution B (inner gate), K (filter).
+        extension: What the LIV has of its own in place of its class's; None in the paper's space. An extension that
+            says nothing becomes None.
     Raises:
-        TypeError: A gene is not an integer.
+        TypeError: A gene is not an integer, or `extension` is no Extension.
         ValueError: A gene is below 1.
     """
 
@@ -34,15 +37,21 @@ class LIVGenes:
     featurizer_strategy: int = 1
     feature_group: int = 1
     feature_strategy: int = 1
+    extension: Extension | None = None
 
     def __post_init__(self) -> None:
+        if self.extension is not None:
+            if not isinstance(self.extension, Extension):
+                raise TypeError(f"extension: needs an Extension, got {type(self.extension).__name__}")
+            if self.extension.is_empty:
+                object.__setattr__(self, "extension", None)
         for name in GENES:
             gene = getattr(self, name)
             if type(gene) is not int or gene < 1:
                 object.__setattr__(self, name, whole_number(gene, name))
 
     def as_tuple(self) -> tuple[int, int, int, int, int]:
-        """The genes in the order of the text form."""
+        """The five genes in the order of the text form."""
         return (
             self.liv_class,
             self.featurizer_group,

@@ -9,8 +9,26 @@ from typing import Literal
 
 from star_core.genome.featurizers import FEATURIZERS, FeaturizerGenome
 from star_core.genome.operators import OperatorGenome
+from star_core.genome.structure import ChannelMixing, Residual, Sparsity
 
-Family = Literal["attention", "recurrence", "short_conv", "long_conv", "memoryless"]
+Family = Literal[
+    "attention",
+    "recurrence",
+    "short_conv",
+    "long_conv",
+    "memoryless",
+    "linear_attention",
+    "gated_linear_attention",
+    "gated_delta_rule",
+    "rg_lru",
+]
+"""What runs a class: the first five in the pool, all nine where a LIV has an operator or a featurizer of its own."""
+
+TAPS = 4
+"""Length of the short convolutions inside featurizers, as in Mamba, unless a LIV says otherwise."""
+
+WINDOW = 64
+"""Tokens that a banded operator sees, the present one included, unless a LIV says otherwise."""
 
 _SHAREABLE: Mapping[Family, tuple[str, ...]] = MappingProxyType(
     {
@@ -19,21 +37,30 @@ _SHAREABLE: Mapping[Family, tuple[str, ...]] = MappingProxyType(
         "short_conv": ("B", "K"),
         "long_conv": ("B", "K"),
         "memoryless": (),
+        "linear_attention": ("k", "v"),
+        "gated_linear_attention": ("k", "v"),
+        "gated_delta_rule": ("k", "v"),
+        "rg_lru": (),
     }
 )
 
 
 @dataclass(frozen=True, slots=True)
 class LIVClass:
-    """A class of linear input-varying layers.
+    """A class of linear input-varying layers: one of the pool's, or what a LIV with an extension is.
 
     Attributes:
-        id: 1 to 17.
+        id: 1 to 17; of a LIV with an extension, that of the class it departs from.
         name: As the paper writes it, such as "SA-3" or "Diff-GConv-1".
         family: Which module runs it.
         operator: Structure of its T.
         featurizer: Its feature groups.
         differential: Whether it is LIV_a(x) - lambda LIV_b(x), two copies with parameters of their own.
+        own: Whether operator, featurizer or a size is the LIV's own and not the pool's.
+        window: Tokens that a banded operator sees, the present one included; None where it is not banded.
+        taps: Length of the short convolutions inside the featurizer.
+        head_dim: Channels of a head, where it is not the model's.
+        residual: Where the LIV's norms stand.
     """
 
     id: int
@@ -42,6 +69,35 @@ class LIVClass:
     operator: OperatorGenome
     featurizer: FeaturizerGenome
     differential: bool
+    own: bool = False
+    window: int | None = None
+    taps: int = TAPS
+    head_dim: int | None = None
+    residual: Residual = Residual.PRE_NORM
+
+    def __hash__(self) -> int:
+        return hash((self.id, self.name, self.window, self.taps, self.head_dim))
+
+    @property
+    def weights(self) -> tuple[object, ...]:
+        """What two LIVs have in common if they can share their featurizer weights."""
+        if not self.own:
+            return (self.id,)
+        banded_filter = self.window if self.family == "short_conv" else None
+        mixing = self.operator.channel_mixing
+        return (self.family, self.featurizer, self.differential, self.taps, self.head_dim, mixing, banded_filter)
+
+    @property
+    def uses_heads(self) -> bool:
+        """Whether channels of a head, the model's or its own, make a difference to it."""
+        if self.family in ("gated_delta_rule", "rg_lru") or self.operator.channel_mixing is ChannelMixing.GROUPED:
+            return True
+        return any(group.channel_mixing is ChannelMixing.GROUPED for group in self.featurizer.groups)
+
+    @property
+    def has_short_convolutions(self) -> bool:
+        """Whether a feature group of its featurizer goes through a convolution of `taps`."""
+        return any(group.name != "K" and group.sparsity is Sparsity.BANDED for group in self.featurizer.groups)
 
     @property
     def shareable(self) -> tuple[str, ...]:

@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from star_core.genome.genes import LIVGenes
-from star_core.genome.pool import POOL
+from star_core.genome.pool import LIVClass
 
 _FIRST, _SECOND = 1, 2  # bits of feature_strategy - 1: the first and the second of LIVClass.shareable
-_CONVOLUTIONS = frozenset(number for number, cls in POOL.items() if "K" in cls.shareable)
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,31 +33,31 @@ class Sharing:
     tensor_source: tuple[Mapping[str, int], ...]
 
 
-def sharing_plan(livs: Sequence[LIVGenes]) -> Sharing:
-    """Return the sharing plan of the LIVs of a valid genome."""
-    featurizers, tensors = _shared(livs)
+def sharing_plan(livs: Sequence[LIVGenes], classes: Sequence[LIVClass]) -> Sharing:
+    """Return the sharing plan of the LIVs of a valid genome, each with its class."""
+    featurizers, tensors = _shared(livs, classes)
     featurizer_source = list(range(len(livs)))
     tensor_source: list[dict[str, int]] = [{} for _ in livs]
     for (_, bit), members in tensors.items():
-        name = POOL[livs[members[0]].liv_class].shareable[bit - 1]
+        name = classes[members[0]].shareable[bit - 1]
         for position in members[1:]:
             tensor_source[position][name] = members[0]
     for members in featurizers:
         for position in members[1:]:
             featurizer_source[position] = members[0]
-            if livs[position].liv_class in _CONVOLUTIONS:
+            if "K" in classes[position].shareable:
                 tensor_source[position]["K"] = members[0]
     return Sharing(tuple(featurizer_source), tuple(tensor_source))
 
 
-def canonical_livs(livs: Sequence[LIVGenes]) -> tuple[LIVGenes, ...]:
+def canonical_livs(livs: Sequence[LIVGenes], classes: Sequence[LIVClass]) -> tuple[LIVGenes, ...]:
     """Return the one way to write the network that the LIVs of a valid genome decode to.
 
     Strategies name only what is really shared with another LIV; labels count the sharing groups from 1 by first use,
     where the feature groups of LIVs that are linked by nothing get labels of their own; what shares nothing has label
     1 and strategy 1.
     """
-    featurizers, tensors = _shared(livs)
+    featurizers, tensors = _shared(livs, classes)
     featurizer_group = [0] * len(livs)
     for number, members in enumerate(featurizers, 1):
         for position in members:
@@ -75,18 +74,20 @@ def canonical_livs(livs: Sequence[LIVGenes]) -> tuple[LIVGenes, ...]:
     written = []
     for liv, featurizer, feature, bits in zip(livs, featurizer_group, feature_group, mask, strict=True):
         genes = (liv.liv_class, featurizer or 1, 2 if featurizer else 1, feature or 1, 1 + bits)
-        written.append(liv if genes == liv.as_tuple() else LIVGenes(*genes))
+        written.append(liv if genes == liv.as_tuple() else LIVGenes(*genes, liv.extension))
     return tuple(written)
 
 
-def _shared(livs: Sequence[LIVGenes]) -> tuple[list[list[int]], dict[tuple[int, int], list[int]]]:
+def _shared(
+    livs: Sequence[LIVGenes], classes: Sequence[LIVClass]
+) -> tuple[list[list[int]], dict[tuple[int, int], list[int]]]:
     """Return who shares featurizer weights, and by label and bit who shares a feature group: two or more each."""
     weights: dict[int, list[int]] = {}
     for position, liv in enumerate(livs):
         if liv.featurizer_strategy == 2:
             weights.setdefault(liv.featurizer_group, []).append(position)
     featurizers = [members for members in weights.values() if len(members) > 1]
-    have_filter = {p for members in featurizers for p in members if livs[p].liv_class in _CONVOLUTIONS}
+    have_filter = {p for members in featurizers for p in members if "K" in classes[p].shareable}
 
     tensors: dict[tuple[int, int], list[int]] = {}
     for position, liv in enumerate(livs):

@@ -50,3 +50,17 @@ class ChannelMixing(IntEnum):
     """Every channel with every other."""
     GROUPED = 3
     """Dense within groups of channels: heads."""
+
+
+class Residual(IntEnum):
+    """Where a LIV f and its norms stand beside the residual stream x. Ours: the paper's LIVs are all pre-normed."""
+
+    PRE_NORM = 1
+    """x + f(norm(x)): Xiong et al., 2020, arXiv 2002.04745."""
+    POST_NORM = 2
+    """norm(x + f(x)): Vaswani et al., 2017, arXiv 1706.03762."""
+    SANDWICH = 3
+    """x + norm(f(norm(x))): Ding et al., CogView, 2021, arXiv 2105.13290, section 2.4."""
+    PARALLEL = 4
+    """The next LIV g reads the same x, through its own norm: x + f(norm(x)) + g(norm(x)). Black et al., GPT-NeoX-20B,
+    2022, arXiv 2204.06745, section 2.1."""

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from star_core.genome.decode import faults, resolve
+from star_core.genome.extension import Extension, SizeGenes
 from star_core.genome.genes import GENES, LIVGenes
 from star_core.genome.pool import POOL, LIVClass
+from star_core.genome.structure import ChannelMixing, Residual
 
 if TYPE_CHECKING:
     from star_core.genome.backbone import Genome
@@ -21,10 +25,17 @@ _KIND = {
     "short_conv": "gated convolution",
     "long_conv": "gated convolution",
     "memoryless": "memoryless unit",
+    "linear_attention": "linear attention",
+    "gated_linear_attention": "linear attention",
+    "gated_delta_rule": "gated delta rule",
+    "rg_lru": "recurrent unit",
 }
 
-_Size = tuple[int, int]
-"""Expansion and repeat of a feature group; tensors of the same group name match where these do."""
+_Others = Sequence[tuple[LIVGenes, LIVClass | None]]
+"""The other LIVs of a genome, each with its class; None where that is unknown."""
+
+_Size = tuple[int, int, str]
+"""Expansion, repeat and form of a feature group; tensors of the same group name match where these do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +43,9 @@ class Violation:
     """One thing that is wrong with a genome.
 
     Attributes:
-        position: Of the LIV, from 0.
-        gene: Name of the gene that `repair` would change, one of `GENES`.
+        position: Of the LIV, from 0; -1 for the sizes of the model.
+        gene: Name of the gene that `repair` would change: one of `GENES`, of the fields of `Extension` or of
+            `SizeGenes`, or a feature group's name.
         message: What is wrong and what is needed, in words.
     """
 
@@ -60,57 +72,88 @@ class _Membership:
 
 def _size(cls: LIVClass, name: str) -> _Size:
     group = cls.featurizer[name]
-    return group.expansion, group.repeat
+    return group.expansion, group.repeat, _form(cls, name) if cls.own else ""
 
 
-_MEMBERSHIPS = {
-    (number, strategy): _Membership(
-        _KIND[cls.family], cls.differential, tuple((name, _size(cls, name)) for name in names)
-    )
-    for number, cls in POOL.items()
-    for strategy, names in cls.strategies.items()
-    if names
-}
-_COMPATIBLE = {
-    key: frozenset(other for other in _MEMBERSHIPS if membership.admits(_MEMBERSHIPS[other]))
-    for key, membership in _MEMBERSHIPS.items()
-}
-"""For each class and strategy that shares feature groups, the classes and strategies with which it may have a label."""
+def _form(cls: LIVClass, name: str) -> str:
+    """Say what the tensor of a group has of its LIV's own, beside expansion and repeat; nothing if it is as usual."""
+    parts = []
+    if name in ("k", "v"):
+        mixing = cls.operator.channel_mixing
+        if mixing is not ChannelMixing.GROUPED and cls.family != "gated_delta_rule":
+            parts.append("a single head" if mixing is ChannelMixing.DENSE else "heads of 1 channel")
+        elif cls.head_dim is not None:
+            parts.append(f"heads of {cls.head_dim} channels")
+    if cls.window is not None and name in ("k", "v", "K"):
+        parts.append(f"a window of {cls.window} tokens")
+    if name == "K" and (expansion := cls.featurizer["v"].expansion) > 1:
+        parts.append(f"{expansion} times the width's channels")
+    return " and ".join(parts)
 
 
-def validate(genome: Genome) -> list[Violation]:
+@lru_cache(maxsize=65_536)
+def _membership(cls: LIVClass, strategy: int) -> _Membership | None:
+    """Return what a class brings to a label with this strategy; None where it shares nothing or is not the class's."""
+    if not (names := cls.strategies.get(strategy)):
+        return None
+    return _Membership(_KIND[cls.family], cls.differential, tuple((name, _size(cls, name)) for name in names))
+
+
+def _class_of(liv: LIVGenes, sizes: SizeGenes) -> LIVClass | None:
+    """Return the class of a LIV; None where it is unknown or has genes that no layer can serve."""
+    if liv.extension is None and sizes.width is None:
+        return POOL.get(liv.liv_class)
+    return None if liv.liv_class not in POOL or faults(liv, sizes) else resolve(liv, sizes)
+
+
+def validate(genome: Genome, sizes: SizeGenes | None = None) -> list[Violation]:
     """Return everything that is wrong with `genome`, by position; nothing if it is valid.
 
     A genome is valid if classes and strategies exist; LIVs that share featurizer weights are of one class; LIVs that
     share feature groups under one label are all of one kind (attention, recurrence or gated convolution), all
     differential or all not, and the groups they have in common are of one size. Where two LIVs do not go together the
-    later one is to blame.
+    later one is to blame. Where LIVs have extensions there have to be layers for them, and what is said of classes
+    above holds of those that their genes decode to.
+
+    Args:
+        genome: What to look at.
+        sizes: Of the model, where the genome leaves them open. Default: unknown, and what depends on them is in order.
     """
     violations: list[Violation] = []
-    featurizers: dict[int, int] = {}  # label -> first LIV
-    features: dict[int, dict[tuple[int, int], int]] = {}  # label -> class and strategy -> first LIV
+    known = genome.sizes if sizes is None else genome.sizes.over(sizes)
+    violations.extend(_bad_sizes(known))
+    featurizers: dict[int, LIVClass] = {}  # label -> class of the first LIV
+    firsts: dict[int, int] = {}  # label -> first LIV
+    features: dict[int, dict[_Membership, int]] = {}  # label -> what a member brings -> first LIV
     for position, liv in enumerate(genome.livs):
         if liv.liv_class not in POOL:
             violations.extend(_unknown_class(position, liv))
             continue
+        cls = _class_of(liv, known)
+        if cls is None:
+            violations.extend(_faulty_class(position, liv, known))
+            continue
+        if cls.residual is Residual.PARALLEL and position == len(genome) - 1:
+            message = f"LIV {position}: residual is 4 (parallel); needs 1 to 3, as there is no next LIV"
+            violations.append(Violation(position, "residual", message))
         if liv.featurizer_strategy != 1:
             if liv.featurizer_strategy != 2:
                 violations.append(_no_featurizer_strategy(position, liv))
             else:
-                first = featurizers.setdefault(liv.featurizer_group, position)
-                if genome.livs[first].liv_class != liv.liv_class:
-                    violations.append(_mixed_classes(position, first, genome.livs))
+                first = firsts.setdefault(liv.featurizer_group, position)
+                if featurizers.setdefault(liv.featurizer_group, cls).weights != cls.weights:
+                    violations.append(_mixed_classes(position, first, genome.livs, known))
         if liv.feature_strategy != 1:
-            key = (liv.liv_class, liv.feature_strategy)
-            if key not in _COMPATIBLE:
-                violations.append(_no_feature_strategy(position, liv))
+            own = _membership(cls, liv.feature_strategy)
+            if own is None:
+                violations.append(_no_feature_strategy(position, liv, cls))
                 continue
             members = features.setdefault(liv.feature_group, {})
-            if members.keys() <= _COMPATIBLE[key]:
-                members.setdefault(key, position)
+            if all(own.admits(member) for member in members):
+                members.setdefault(own, position)
             else:
-                first = next(first for other, first in members.items() if other not in _COMPATIBLE[key])
-                violations.append(_mixed_features(position, first, genome.livs))
+                first = next(first for member, first in members.items() if not own.admits(member))
+                violations.append(_mixed_features(position, first, genome.livs, known))
     return violations
 
 
@@ -121,7 +164,7 @@ def require_valid(genome: Genome) -> None:
         raise ValueError(f"genome {genome} is not valid, repair(genome, rng) mends it: {listed}")
 
 
-def gene_values(genome: Genome, position: int, gene: str) -> tuple[int, ...]:
+def gene_values(genome: Genome, position: int, gene: str, sizes: SizeGenes | None = None) -> tuple[int, ...]:
     """Return the values of one gene with which its LIV is in order and goes together with all others.
 
     For a valid genome these are the values that keep it valid when this gene alone is changed, its present value among
@@ -131,6 +174,7 @@ def gene_values(genome: Genome, position: int, gene: str) -> tuple[int, ...]:
         genome: Valid or not.
         position: Of the LIV, from 0.
         gene: One of `GENES`.
+        sizes: As of `validate`.
     Returns:
         Ascending values; for the labels, which may be any number, those from 1 to the genome's depth.
     Raises:
@@ -140,44 +184,82 @@ def gene_values(genome: Genome, position: int, gene: str) -> tuple[int, ...]:
         raise ValueError(f"position: is {position}, needs 0 to {len(genome) - 1}")
     if gene not in GENES:
         raise ValueError(f"gene: is {gene!r}, needs one of {', '.join(GENES)}")
+    known = genome.sizes if sizes is None else genome.sizes.over(sizes)
     liv = genome.livs[position]
-    others = [other for index, other in enumerate(genome.livs) if index != position]
+    cls = _class_of(liv, known)
+    others = [(other, _class_of(other, known)) for index, other in enumerate(genome.livs) if index != position]
     labels = range(1, len(genome) + 1)
     if gene == "featurizer_group":
-        return tuple(_featurizer_labels(liv, others, labels))
+        return tuple(_featurizer_labels(cls, liv.featurizer_strategy, others, labels))
     if gene == "featurizer_strategy":
-        sharing = LIVGenes(liv.liv_class, liv.featurizer_group, 2)
-        return (1, 2) if any(_featurizer_labels(sharing, others, [liv.featurizer_group])) else (1,)
+        return (1, 2) if any(_featurizer_labels(cls, 2, others, [liv.featurizer_group])) else (1,)
     if gene == "feature_group":
-        return tuple(_feature_labels(liv.liv_class, liv.feature_strategy, others, labels))
+        return tuple(_feature_labels(cls, liv.feature_strategy, others, labels))
     if gene == "feature_strategy":
-        strategies = POOL[liv.liv_class].strategies if liv.liv_class in POOL else range(1, _MOST_STRATEGIES + 1)
-        return tuple(s for s in strategies if any(_feature_labels(liv.liv_class, s, others, [liv.feature_group])))
-    return tuple(
-        number
-        for number in _classes_with(liv.feature_strategy)
-        if any(_featurizer_labels(LIVGenes(number, *liv.as_tuple()[1:]), others, [liv.featurizer_group]))
-        and any(_feature_labels(number, liv.feature_strategy, others, [liv.feature_group]))
-    )
+        strategies = range(1, _MOST_STRATEGIES + 1) if cls is None else cls.strategies
+        return tuple(s for s in strategies if any(_feature_labels(cls, s, others, [liv.feature_group])))
+    candidates = ((number, _class_of(replace(liv, liv_class=number), known)) for number in POOL)
+    return tuple(number for number, other in candidates if other is not None and _goes_together(liv, other, others))
 
 
-def repair(genome: Genome, rng: np.random.Generator) -> Genome:
+def goes_together(genome: Genome, position: int, liv: LIVGenes, sizes: SizeGenes | None = None) -> bool:
+    """Whether `liv` is in order and goes together with all other LIVs of `genome` if it takes the place of one."""
+    known = genome.sizes if sizes is None else genome.sizes.over(sizes)
+    cls = _class_of(liv, known)
+    if cls is None or (cls.residual is Residual.PARALLEL and position == len(genome) - 1):
+        return False
+    others = [(other, _class_of(other, known)) for index, other in enumerate(genome.livs) if index != position]
+    return _goes_together(liv, cls, others)
+
+
+def repair(genome: Genome, rng: np.random.Generator, sizes: SizeGenes | None = None) -> Genome:
     """Return a valid genome: `genome` itself if it is valid, or else one with the offending genes drawn anew.
 
-    The genes that `validate` names change and no others, with one exception: where no class would go together with all
-    that the LIV of an unknown class shares, its labels are drawn anew as well.
+    The genes that `validate` names change and no others, with two exceptions: where no class would go together with all
+    that the LIV of an unknown class shares, its labels are drawn anew as well; and an extension that no layer can serve
+    is dropped.
+
+    Args:
+        genome: What to mend.
+        rng: Source of chance.
+        sizes: As of `validate`.
+    Raises:
+        ValueError: `sizes` do not fit one another, so that no genome is valid.
     """
-    # One pass mends all: each gene is drawn from values with which its LIV goes together with every other one.
-    for violation in validate(genome):
-        position, gene = violation.position, violation.gene
-        if values := gene_values(genome, position, gene):
-            genome = genome.with_gene(position, gene, int(rng.choice(values)))
-            continue
-        values = _classes_with(genome.livs[position].feature_strategy)
-        genome = genome.with_gene(position, "liv_class", int(rng.choice(values)))
-        for label in ("featurizer_group", "feature_group"):
-            genome = genome.with_gene(position, label, int(rng.choice(gene_values(genome, position, label))))
+    # One pass mends all paper genes: each is drawn from values with which its LIV goes together with every other one.
+    # A second one is needed where a LIV without its extension meets others that share with it.
+    for attempt in range(5):
+        violations = validate(genome, sizes)
+        if not violations:
+            return genome
+        for violation in violations:
+            genome = _reset(genome, violation) if attempt > 2 else _mend(genome, violation, rng, sizes)
+    raise ValueError(f"sizes: no genome is valid with {sizes}: {violations[0].message}")
+
+
+def _mend(genome: Genome, violation: Violation, rng: np.random.Generator, sizes: SizeGenes | None) -> Genome:
+    """Draw one offending gene anew."""
+    position, gene = violation.position, violation.gene
+    if position < 0:
+        return replace(genome, sizes=replace(genome.sizes, **{gene: None}))
+    if gene not in GENES:
+        liv = genome.livs[position]
+        extension = replace(liv.extension or Extension(), residual=Residual(int(rng.integers(1, 4))))
+        return genome.with_liv(position, replace(liv, extension=extension if gene == "residual" else None))
+    if values := gene_values(genome, position, gene, sizes):
+        return genome.with_gene(position, gene, int(rng.choice(values)))
+    values = _classes_with(genome.livs[position].feature_strategy)
+    genome = genome.with_gene(position, "liv_class", int(rng.choice(values)))
+    for label in ("featurizer_group", "feature_group"):
+        genome = genome.with_gene(position, label, int(rng.choice(gene_values(genome, position, label, sizes))))
     return genome
+
+
+def _reset(genome: Genome, violation: Violation) -> Genome:
+    """Put a memoryless unit that shares nothing, which fits any sizes, in the place of a LIV that does not go."""
+    if violation.position < 0:
+        return replace(genome, sizes=SizeGenes())
+    return genome.with_liv(violation.position, LIVGenes(9))
 
 
 def _classes_with(strategy: int) -> tuple[int, ...]:
@@ -185,31 +267,55 @@ def _classes_with(strategy: int) -> tuple[int, ...]:
     return tuple(number for number, cls in POOL.items() if strategy in cls.strategies or strategy > _MOST_STRATEGIES)
 
 
-def _featurizer_labels(liv: LIVGenes, others: Sequence[LIVGenes], labels: Iterable[int]) -> Iterator[int]:
-    """Yield those of `labels` under which no other LIV forbids this one's featurizer sharing."""
-    if liv.featurizer_strategy != 2 or liv.liv_class not in POOL:
+def _goes_together(liv: LIVGenes, cls: LIVClass, others: _Others) -> bool:
+    """Whether a LIV, taken to be of this class, has its strategies and no other forbids what it shares."""
+    strategy = liv.feature_strategy
+    return (
+        (strategy in cls.strategies or strategy > _MOST_STRATEGIES)
+        and any(_featurizer_labels(cls, liv.featurizer_strategy, others, [liv.featurizer_group]))
+        and any(_feature_labels(cls, strategy, others, [liv.feature_group]))
+    )
+
+
+def _featurizer_labels(cls: LIVClass | None, strategy: int, others: _Others, labels: Iterable[int]) -> Iterator[int]:
+    """Yield those of `labels` under which no other LIV forbids the featurizer sharing of one of this class."""
+    if strategy != 2 or cls is None:
         yield from labels
         return
     taken = {
         other.featurizer_group
-        for other in others
-        if other.featurizer_strategy == 2 and other.liv_class in POOL and other.liv_class != liv.liv_class
+        for other, other_cls in others
+        if other.featurizer_strategy == 2 and other_cls is not None and other_cls.weights != cls.weights
     }
     yield from (label for label in labels if label not in taken)
 
 
-def _feature_labels(liv_class: int, strategy: int, others: Sequence[LIVGenes], labels: Iterable[int]) -> Iterator[int]:
+def _feature_labels(cls: LIVClass | None, strategy: int, others: _Others, labels: Iterable[int]) -> Iterator[int]:
     """Yield those of `labels` under which no other LIV forbids the feature groups of this class and strategy."""
-    key = (liv_class, strategy)
-    if key not in _COMPATIBLE:
+    own = None if cls is None else _membership(cls, strategy)
+    if own is None:
         yield from labels
         return
     taken = set()
-    for other in others:
-        other_key = (other.liv_class, other.feature_strategy)
-        if other_key in _COMPATIBLE and other_key not in _COMPATIBLE[key]:
+    for other, other_cls in others:
+        brought = None if other_cls is None else _membership(other_cls, other.feature_strategy)
+        if brought is not None and not own.admits(brought):
             taken.add(other.feature_group)
     yield from (label for label in labels if label not in taken)
+
+
+def _bad_sizes(sizes: SizeGenes) -> Iterator[Violation]:
+    """Yield what is wrong with the sizes of a model."""
+    if sizes.head_dim is not None and sizes.head_dim % 2:
+        yield Violation(-1, "head_dim", f"head_dim is {sizes.head_dim}; needs an even number")
+    elif sizes.head_dim is not None and sizes.width is not None and sizes.width % sizes.head_dim:
+        yield Violation(-1, "width", f"width is {sizes.width}; needs a multiple of head_dim = {sizes.head_dim}")
+
+
+def _faulty_class(position: int, liv: LIVGenes, sizes: SizeGenes) -> Iterator[Violation]:
+    """Yield what is wrong with a LIV that no layer can serve."""
+    for gene, words in faults(liv, sizes):
+        yield Violation(position, gene, f"LIV {position}: {words}")
 
 
 def _unknown_class(position: int, liv: LIVGenes) -> Iterator[Violation]:
@@ -219,7 +325,7 @@ def _unknown_class(position: int, liv: LIVGenes) -> Iterator[Violation]:
     if liv.featurizer_strategy > 2:
         yield _no_featurizer_strategy(position, liv)
     if liv.feature_strategy > _MOST_STRATEGIES:
-        yield _no_feature_strategy(position, liv)
+        yield _no_feature_strategy(position, liv, None)
 
 
 def _no_featurizer_strategy(position: int, liv: LIVGenes) -> Violation:
@@ -230,8 +336,7 @@ def _no_featurizer_strategy(position: int, liv: LIVGenes) -> Violation:
     return Violation(position, "featurizer_strategy", message)
 
 
-def _no_feature_strategy(position: int, liv: LIVGenes) -> Violation:
-    cls = POOL.get(liv.liv_class)
+def _no_feature_strategy(position: int, liv: LIVGenes, cls: LIVClass | None) -> Violation:
     message = f"LIV {position}: there is no feature-group-sharing strategy {liv.feature_strategy}" + (
         f" for {cls.name}; needs {_listed(cls)}" if cls else f"; needs 1 to {_MOST_STRATEGIES}"
     )
@@ -244,8 +349,8 @@ def _listed(cls: LIVClass) -> str:
     return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def _mixed_classes(position: int, first: int, livs: Sequence[LIVGenes]) -> Violation:
-    name, first_name = POOL[livs[position].liv_class].name, POOL[livs[first].liv_class].name
+def _mixed_classes(position: int, first: int, livs: Sequence[LIVGenes], sizes: SizeGenes) -> Violation:
+    name, first_name = (resolve(livs[index], sizes).name for index in (position, first))
     message = (
         f"LIV {position}: {name} cannot share featurizer weights with LIV {first}, {first_name}, "
         f"under label {livs[position].featurizer_group}; needs the same class"
@@ -253,9 +358,9 @@ def _mixed_classes(position: int, first: int, livs: Sequence[LIVGenes]) -> Viola
     return Violation(position, "featurizer_group", message)
 
 
-def _mixed_features(position: int, first: int, livs: Sequence[LIVGenes]) -> Violation:
+def _mixed_features(position: int, first: int, livs: Sequence[LIVGenes], sizes: SizeGenes) -> Violation:
     liv, other = livs[position], livs[first]
-    cls, other_cls = POOL[liv.liv_class], POOL[other.liv_class]
+    cls, other_cls = resolve(liv, sizes), resolve(other, sizes)
     if _KIND[cls.family] != _KIND[other_cls.family]:
         needs = f"another {_KIND[cls.family]}"
     elif cls.differential != other_cls.differential:
@@ -267,11 +372,15 @@ def _mixed_features(position: int, first: int, livs: Sequence[LIVGenes]) -> Viol
             if name in other_cls.strategies[other.feature_strategy]
         )
         name = next(name for name in common if _size(cls, name) != _size(other_cls, name))
-        (expansion, repeat), (other_expansion, other_repeat) = _size(cls, name), _size(other_cls, name)
+        (expansion, repeat, form), (other_expansion, other_repeat, other_form) = (
+            _size(one, name) for one in (cls, other_cls)
+        )
         needs = (
             f"{name} of one size, and has expansion {expansion} and repeat {repeat} against "
             f"{other_expansion} and {other_repeat}"
         )
+        if form != other_form:
+            needs = f"{name} of one form, and has {form or 'the usual one'} against {other_form or 'the usual one'}"
     message = (
         f"LIV {position}: {cls.name} cannot share feature groups with LIV {first}, {other_cls.name}, "
         f"under label {liv.feature_group}; needs {needs}"

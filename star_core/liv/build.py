@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import replace
 
 from torch import nn
 
 from star_core.genome import LIVClass, TokenMixing
+from star_core.genome.pool import TAPS
 from star_core.liv._base import LIV
 from star_core.liv.attention import Attention
 from star_core.liv.convolution import GatedLongConv, GatedShortConv
@@ -20,34 +21,15 @@ from star_core.liv.featurizer import (
     MemorylessFeaturizer,
     RecurrenceFeaturizer,
 )
+from star_core.liv.groups import GroupFeaturizer
 from star_core.liv.memoryless import GatedMemoryless
+from star_core.liv.own import LIVShape, own_featurizer, own_liv
 from star_core.liv.recurrence import Recurrence
 
-Featurizer = AttentionFeaturizer | RecurrenceFeaturizer | ConvolutionFeaturizer | MemorylessFeaturizer
+Featurizer = AttentionFeaturizer | RecurrenceFeaturizer | ConvolutionFeaturizer | MemorylessFeaturizer | GroupFeaturizer
 
-FEATURIZER_TAPS = 4
-"""Length of the short convolutions inside featurizers of classes 2, 5 and 6, as in Mamba."""
-
-
-@dataclass(frozen=True)
-class LIVShape:
-    """Sizes that the layers take from the model's configuration.
-
-    Attributes:
-        width: Width of the residual stream.
-        head_dim: Channels of an attention head.
-        time_scale: Tokens that the implicit filters call 1.
-        rope_base: Base of the rotary frequencies.
-        ffn_width: Channels of a memoryless unit. Default: as the class says.
-        qk_norm_eps: Added to the mean square in the norm of queries and keys. Default: there is none.
-    """
-
-    width: int
-    head_dim: int
-    time_scale: int
-    rope_base: float
-    ffn_width: int | None = None
-    qk_norm_eps: float | None = None
+FEATURIZER_TAPS = TAPS
+"""Length of the short convolutions inside featurizers of classes 2, 5 and 6."""
 
 
 def build_featurizer(liv: LIVClass, shape: LIVShape, computed: Collection[str]) -> nn.ModuleList:
@@ -58,7 +40,9 @@ def build_featurizer(liv: LIVClass, shape: LIVShape, computed: Collection[str]) 
         shape: Sizes.
         computed: Of the feature groups that can be reused, those that some LIV served computes itself.
     """
-    return nn.ModuleList(_featurizer(liv, shape, computed) for _ in range(2 if liv.differential else 1))
+    make = own_featurizer if liv.own else _featurizer
+    shape = _own_shape(liv, shape)
+    return nn.ModuleList(make(liv, shape, computed) for _ in range(2 if liv.differential else 1))
 
 
 def build_liv(liv: LIVClass, shape: LIVShape, featurizers: nn.ModuleList, reuse: Collection[str]) -> LIV:
@@ -70,8 +54,14 @@ def build_liv(liv: LIVClass, shape: LIVShape, featurizers: nn.ModuleList, reuse:
         featurizers: What `build_featurizer` made for this class.
         reuse: Feature groups whose tensors come from an earlier LIV.
     """
-    parts = [_liv(liv, shape, featurizer, reuse) for featurizer in featurizers]
+    make = own_liv if liv.own else _liv
+    parts = [make(liv, _own_shape(liv, shape), featurizer, reuse) for featurizer in featurizers]
     return Differential(*parts) if liv.differential else parts[0]
+
+
+def _own_shape(liv: LIVClass, shape: LIVShape) -> LIVShape:
+    """Return the sizes of a LIV, which may have heads of its own."""
+    return shape if liv.head_dim is None else replace(shape, head_dim=liv.head_dim)
 
 
 def _kv_heads(liv: LIVClass, shape: LIVShape) -> int:

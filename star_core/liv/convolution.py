@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from star_core.cache import State, StateSpec, append, read, write
 from star_core.liv._base import LIV, Features, OutputProjection, cu_seqlens_of, is_step, state_dtype
-from star_core.liv.featurizer import ConvolutionFeaturizer, ExplicitFilter, ImplicitFilter
+from star_core.liv.featurizer import ConvolutionFeaturizer
+from star_core.liv.groups import GroupFeaturizer
 from star_core.ragged import Ragged
 from star_kernels import gated_short_conv, gated_short_conv_step, long_conv, long_conv_step
 
@@ -18,19 +19,33 @@ class _GatedConvolution(LIV):
     """What both gated convolutions share: y = out(C * (K conv (B * v))), with "B" and "K" reusable from an earlier
     LIV."""
 
-    def __init__(self, featurizer: ConvolutionFeaturizer, *, width: int, reuse: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        featurizer: ConvolutionFeaturizer | GroupFeaturizer,
+        *,
+        width: int,
+        inner: int | None = None,
+        reuse: Collection[str] = (),
+    ) -> None:
         super().__init__()
         self.featurizer = featurizer
-        self.width = width
+        self.inner = width if inner is None else inner
         self.reuse = frozenset(reuse)
         self.computed = tuple(name for name in ("v", "B", "C") if name not in self.reuse)
-        self.out = OutputProjection(width, width)
+        self.out = OutputProjection(self.inner, width)
 
-    def _gates(self, x: Tensor, reused: Features | None) -> dict[str, Tensor]:
-        groups: dict[str, Tensor] = self.featurizer(x, self.computed)
+    def _gates(
+        self, x: Tensor, reused: Features | None, state: State | None, ragged: Ragged | None
+    ) -> dict[str, Tensor]:
+        groups: dict[str, Tensor] = self.featurizer(x, self.computed, state, ragged)
         if "B" in self.reuse:
             groups["B"] = (reused or {})["B"]
         return groups
+
+    def _filter(self, length: int) -> Tensor:
+        assert self.featurizer.filter is not None
+        taps: Tensor = self.featurizer.filter(length)
+        return taps
 
 
 class GatedShortConv(_GatedConvolution):
@@ -43,13 +58,20 @@ class GatedShortConv(_GatedConvolution):
         featurizer: Makes the groups and the filter that this LIV computes; may be shared with other LIVs.
         width: Width of the residual stream.
         taps: Length of the filter.
+        inner: Channels of the convolution. Default: `width`.
         reuse: Of "B" and "K", those that an earlier LIV computes.
     """
 
     def __init__(
-        self, featurizer: ConvolutionFeaturizer, *, width: int, taps: int, reuse: Collection[str] = ()
+        self,
+        featurizer: ConvolutionFeaturizer | GroupFeaturizer,
+        *,
+        width: int,
+        taps: int,
+        inner: int | None = None,
+        reuse: Collection[str] = (),
     ) -> None:
-        super().__init__(featurizer, width=width, reuse=reuse)
+        super().__init__(featurizer, width=width, inner=inner, reuse=reuse)
         self.taps = taps
 
     def forward(
@@ -61,9 +83,9 @@ class GatedShortConv(_GatedConvolution):
         offset: int = 0,
         ragged: Ragged | None = None,
     ) -> tuple[Tensor, Features]:
-        """See `LIV`. "B" is [B, T, width], "K" the taps [width, taps]."""
-        groups = self._gates(x, reused)
-        taps = (reused or {})["K"] if "K" in self.reuse else self._filter()
+        """See `LIV`. "B" is [B, T, inner], "K" the taps [inner, taps]."""
+        groups = self._gates(x, reused, state, ragged)
+        taps = (reused or {})["K"] if "K" in self.reuse else self._filter(self.taps)
         v, B, C = (groups[name] for name in ("v", "B", "C"))
         cu_seqlens = cu_seqlens_of(ragged)
         if state is None:
@@ -78,14 +100,10 @@ class GatedShortConv(_GatedConvolution):
             write(state, "conv", final)
         return self.out(y), {"B": B, "K": taps}
 
-    def _filter(self) -> Tensor:
-        assert isinstance(self.featurizer.filter, ExplicitFilter)
-        taps: Tensor = self.featurizer.filter(self.taps)
-        return taps
-
     def state_spec(self, batch_size: int, max_length: int, dtype: torch.dtype) -> dict[str, StateSpec]:
-        """The last taps - 1 gated inputs: the same for any `max_length`."""
-        return {"conv": StateSpec((batch_size, self.width, self.taps - 1), state_dtype(dtype))}
+        """The last taps - 1 gated inputs and the short convolutions' inputs: the same for any `max_length`."""
+        spec = self.featurizer.state_spec(self.computed, batch_size)
+        return spec | {"conv": StateSpec((batch_size, self.inner, self.taps - 1), state_dtype(dtype))}
 
 
 class GatedLongConv(_GatedConvolution):
@@ -98,12 +116,20 @@ class GatedLongConv(_GatedConvolution):
     Args:
         featurizer: Makes the groups and the filter that this LIV computes; may be shared with other LIVs.
         width: Width of the residual stream.
+        inner: Channels of the convolution. Default: `width`.
         reuse: Of "B" and "K", those that an earlier LIV computes.
     """
 
-    def __init__(self, featurizer: ConvolutionFeaturizer, *, width: int, reuse: Collection[str] = ()) -> None:
-        super().__init__(featurizer, width=width, reuse=reuse)
-        self.skip = nn.Parameter(torch.ones(width))
+    def __init__(
+        self,
+        featurizer: ConvolutionFeaturizer | GroupFeaturizer,
+        *,
+        width: int,
+        inner: int | None = None,
+        reuse: Collection[str] = (),
+    ) -> None:
+        super().__init__(featurizer, width=width, inner=inner, reuse=reuse)
+        self.skip = nn.Parameter(torch.ones(self.inner))
 
     def forward(
         self,
@@ -114,9 +140,9 @@ class GatedLongConv(_GatedConvolution):
         offset: int = 0,
         ragged: Ragged | None = None,
     ) -> tuple[Tensor, Features]:
-        """See `LIV`. "B" is [B, T, width], "K" the taps: [width, T], or [width, max_length] of the cache where
+        """See `LIV`. "B" is [B, T, inner], "K" the taps: [inner, T], or [inner, max_length] of the cache where
         there is one."""
-        groups = self._gates(x, reused)
+        groups = self._gates(x, reused, state, ragged)
         B, v, C = (groups[name] for name in ("B", "v", "C"))
         if "K" in self.reuse:
             taps = (reused or {})["K"]
@@ -154,15 +180,11 @@ class GatedLongConv(_GatedConvolution):
         if "K" in state:
             write(state, "K", self._filter(state["K"].shape[1]))
 
-    def _filter(self, length: int) -> Tensor:
-        assert isinstance(self.featurizer.filter, ImplicitFilter)
-        taps: Tensor = self.featurizer.filter(length)
-        return taps
-
     def state_spec(self, batch_size: int, max_length: int, dtype: torch.dtype) -> dict[str, StateSpec]:
         """Every gated input and the filter's taps unless reused."""
-        spec = {"history": StateSpec((batch_size, max_length, self.width), state_dtype(dtype), ("row", "token"))}
-        return spec if "K" in self.reuse else spec | {"K": StateSpec((self.width, max_length), dtype, ())}
+        spec = self.featurizer.state_spec(self.computed, batch_size)
+        spec["history"] = StateSpec((batch_size, max_length, self.inner), state_dtype(dtype), ("row", "token"))
+        return spec if "K" in self.reuse else spec | {"K": StateSpec((self.inner, max_length), dtype, ())}
 
 
 def _right_aligned(x: Tensor, lengths: Tensor) -> Tensor:

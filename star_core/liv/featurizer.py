@@ -154,6 +154,14 @@ class AttentionFeaturizer(nn.Module):
         return {name: self.norms[name](group) if name in self.norms else group for name, group in split.items()}
 
 
+def init_step_sizes_(bias: Tensor) -> None:
+    """Fill a bias so that its softplus, the step size at a zero input, is log-uniform in [1e-3, 1e-1]."""
+    with torch.no_grad():
+        # The inverse of softplus is x + log(1 - exp(-x)).
+        dt = torch.empty_like(bias).uniform_(-6.907755, -2.302585).exp_()  # log 1e-3 to log 1e-1
+        bias.copy_(dt + torch.log(-torch.expm1(-dt)))
+
+
 def step_rank(width: int) -> int:
     """Return the rank of a selective recurrence's step sizes, Mamba's choice for a width."""
     return max(1, width // 16)
@@ -172,14 +180,24 @@ class RecurrenceFeaturizer(nn.Module):
         state_size: State of a channel, N.
         groups: Those of "B" and "C" that some LIV of the sharing group computes.
         taps: Length of the short convolution.
+        activation: What follows it: "silu", or None for nothing.
     """
 
-    def __init__(self, width: int, inner: int, state_size: int, groups: Sequence[str], taps: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        inner: int,
+        state_size: int,
+        groups: Sequence[str],
+        taps: int,
+        *,
+        activation: str | None = "silu",
+    ) -> None:
         super().__init__()
         self.dt_rank = step_rank(width)
         self.state_size = state_size
         self.project = GroupLinear(width, {"x": inner, "z": inner})
-        self.conv = ShortConv(inner, taps, bias=True, activation="silu")
+        self.conv = ShortConv(inner, taps, bias=True, activation=activation)
         self.select = GroupLinear(inner, {"dt": self.dt_rank} | dict.fromkeys(groups, state_size))
         self.dt_weight = nn.Parameter(torch.empty(inner, self.dt_rank))
         self.dt_bias = nn.Parameter(torch.empty(inner))
@@ -190,10 +208,8 @@ class RecurrenceFeaturizer(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the step sizes and set A, as the source does."""
         nn.init.uniform_(self.dt_weight, -(self.dt_rank**-0.5), self.dt_rank**-0.5)
+        init_step_sizes_(self.dt_bias)
         with torch.no_grad():
-            # dt = softplus(dt_bias) at a zero input; the inverse of softplus is x + log(1 - exp(-x)).
-            dt = torch.empty_like(self.dt_bias).uniform_(-6.907755, -2.302585).exp_()  # log 1e-3 to log 1e-1
-            self.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))
             self.A_log.copy_(torch.arange(1, self.state_size + 1, dtype=torch.float32).log().expand_as(self.A_log))
 
     def forward(
@@ -227,7 +243,13 @@ class ConvolutionFeaturizer(nn.Module):
         self.project = GroupLinear(width, dict.fromkeys(groups, width))
         self.filter = filter
 
-    def forward(self, x: Tensor, names: Sequence[str]) -> dict[str, Tensor]:
+    def state_spec(self, names: Collection[str], batch_size: int) -> dict[str, StateSpec]:
+        """No state."""
+        return {}
+
+    def forward(
+        self, x: Tensor, names: Sequence[str], state: State | None = None, ragged: Ragged | None = None
+    ) -> dict[str, Tensor]:
         """Return the named groups of `x` [B, T, width], each [B, T, width]."""
         groups: dict[str, Tensor] = self.project(x, names)
         return groups

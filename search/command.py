@@ -34,6 +34,7 @@ from search.store import (
 )
 from search.view import View
 from search.workers import make_workers
+from star_core.genome import LEVELS
 
 RUNS = Path("runs")
 """Where run folders go unless `--out` says otherwise."""
@@ -86,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
     option("--population", type=int, metavar="N", help="genomes in a generation")
     option("--generations", type=int, metavar="N", help="generations, the initial one included")
     option("--depth", type=int, metavar="N", help="LIVs in a genome")
+    option("--level", choices=list(LEVELS), help="how deep to mutate (default: backbone, the paper's space)")
     option("--width", type=int, metavar="N", help="width of the residual stream")
     option("--head-dim", type=int, metavar="N", help="channels of an attention head")
     option("--tokens", type=int, metavar="N", help="training tokens of each candidate")

@@ -70,10 +70,13 @@ def _search(settings: Settings, stages: Stages, on_generation: Callable[[], None
         for candidate, evaluation in zip(candidates, stages.evaluate(requests), strict=True):
             if evaluation.status is Status.OK:
                 metrics = evaluation.metrics
-                tier = ranking.tier(len(evaluation.rungs))
-                optimizer.tell(candidate, ranking.losses(metrics), ranking.violation(metrics), tier=tier)
+                tier, violation = ranking.tier(len(evaluation.rungs)), ranking.violation(metrics)
+                optimizer.tell(candidate, ranking.losses(metrics), violation, tier=tier)
+                succeeded = not (tier or violation)
             else:
                 optimizer.discard(candidate)
+                succeeded = False
+            candidate.learn_outcome(succeeded)
         on_generation()
     if settings.cache is not None:
         stages.give_weights(front_of(stages.store.evaluations(), ranking))
@@ -83,7 +86,12 @@ def _search(settings: Settings, stages: Stages, on_generation: Callable[[], None
 def _request(candidate: GenomeParameter, generation: int, names: Mapping[str, str]) -> Request:
     genome = candidate.value
     return Request(
-        genome, generation, name=names.get(genome.hash), parents=candidate.parent_hashes, repaired=candidate.repaired
+        genome,
+        generation,
+        name=names.get(genome.hash),
+        parents=candidate.parent_hashes,
+        repaired=candidate.repaired,
+        mutations=candidate.mutations,
     )
 
 
@@ -109,6 +117,7 @@ def _propose(
                 candidates.append(candidate)
             else:
                 optimizer.tell(candidate, None, ranking.violation(rejection.metrics), tier=settings.rungs - 1)
+                candidate.learn_outcome(False)
                 rejections.append(rejection)
                 stages.view.rejected(rejection)
     store.add(*(rejection for rejection in rejections if store.find(rejection.genome_hash) is None))

@@ -23,7 +23,7 @@ from bench.harness import measure_model
 from search.data import Corpus
 from search.settings import MEASURED, Settings
 from search.store import Status, read_json, write_json
-from search.train import DeadlineExceeded, Diverged, Flat, train
+from search.train import DeadlineExceeded, Diverged, Flat, peak_rate, train
 from star_core import Genome, LanguageModel, ModelConfig
 from star_core.genome.baselines import transformer_pp
 
@@ -178,11 +178,15 @@ def _train(task: Task, started: float, report: Callable[[int, float], None] | No
         return Outcome(Status.INVALID, {}, time.monotonic() - started, str(error))
     deadline = started + settings.timeout_seconds
     probe = (settings.probe_steps, corpus.unigram_entropy() - PROBE_MARGIN) if settings.probe_steps else None
+    config = settings.train_config()
+    if settings.learning_rate is None:
+        # A genome may decide its width, and the rate goes by that.
+        config = dataclasses.replace(config, lr=peak_rate(model.config.width))
     start = None if task.start is None else task.checkpoint_path(task.start)
     result = train(
         model,
         corpus,
-        settings.train_config(),
+        config,
         seed=task.seed,
         deadline=deadline,
         on_step=report,
@@ -194,7 +198,7 @@ def _train(task: Task, started: float, report: Callable[[int, float], None] | No
     metrics = {"perplexity": result.perplexity, "bits_per_byte": result.bits_per_byte, **_counts(model, settings)}
     if settings.timed:
         peak = _peak_bytes(model, settings)
-        reference_peak = _reference_peak_bytes(task, model.config)
+        reference_peak = _reference_peak_bytes(task, _model_config(task, corpus))
         metrics |= {"peak_memory_bytes": peak, "peak_memory_bytes_ratio": peak / reference_peak}
     if task.stop is not None:
         return Outcome(Status.OK, metrics, time.monotonic() - started, curve=tuple(result.curve))

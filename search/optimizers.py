@@ -18,7 +18,7 @@ from search import nsga2
 from search.ask_tell import SAMPLE_TRIES, AskTell, Told, stack
 from search.evolution import NSGA2
 from search.settings import OPTIMIZERS, Settings, SettingsError, nearest
-from search.space import GenomeParameter
+from search.space import GenomeParameter, bounds_of
 
 PROBE_ASKS = 100
 """Candidates that nevergrad's optimizers are tried with: past the sampling that most of them begin with, 40 at most."""
@@ -164,7 +164,8 @@ def make_optimizer(settings: Settings) -> AskTell:
 
 
 def _make(settings: Settings) -> AskTell:
-    parameter = GenomeParameter(settings.depth)
+    bounds = bounds_of(settings.depth, settings.width, settings.head_dim, settings.seq_len)
+    parameter = GenomeParameter(settings.depth, level=settings.level, bounds=bounds)
     parameter.random_state = np.random.RandomState(settings.seed % 2**32)
     made = {"nsga2": NSGA2, "random": RandomSearch, "ga": GeneticAlgorithm}.get(settings.optimizer)
     arguments: dict[str, Any] = {"num_objectives": len(settings.objectives), "population_size": settings.population}

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from search.report_svg import escaped, label, picture, tag
 from search.store import Evaluation
-from star_core.genome import POOL, Genome
+from star_core.genome import POOL, Genome, LIVClass
 
 FAMILIES: Mapping[str, str] = {
     "attention": "attention",
@@ -19,6 +19,10 @@ FAMILIES: Mapping[str, str] = {
     "short_conv": "short conv",
     "long_conv": "long conv",
     "memoryless": "gated MLP",
+    "linear_attention": "linear attention",
+    "gated_linear_attention": "linear attention",
+    "gated_delta_rule": "delta rule",
+    "rg_lru": "recurrence",
 }
 
 
@@ -129,8 +133,8 @@ def draw_genome(genome: Genome, *, small: bool = False) -> str:
             parts.append(label("weights", x - 8, top - 15, "cap weights", "end"))
         if right:
             parts.append(label("tensors", x + size.width + 8, top - 15, "cap tensors"))
-    for position, genes in enumerate(genome.livs):
-        parts.append(_draw_liv(position, genes.liv_class, x, top + size.row * position, size))
+    for position, cls in enumerate(genome.classes):
+        parts.append(_draw_liv(position, cls, x, top + size.row * position, size))
     parts += _draw_rails(left, x, -1.0, top, size, "weights")
     parts += _draw_rails(right, x + size.width, 1.0, top, size, "tensors")
     return picture(describe_genome(genome), width, height, *parts, class_=f"genome{size.text}")
@@ -138,7 +142,7 @@ def draw_genome(genome: Genome, *, small: bool = False) -> str:
 
 def describe_genome(genome: Genome) -> str:
     """Say in words what `draw_genome` shows."""
-    names = ", ".join(POOL[genes.liv_class].name for genes in genome.livs)
+    names = ", ".join(cls.name for cls in genome.classes)
     said = [f"{len(genome.livs)} LIVs from input to output: {names}."]
     for rail in weight_rails(genome):
         said.append(f"{_name_livs(rail.members)} share featurizer weights ({rail.text}).")
@@ -189,25 +193,25 @@ def draw_lineage(ancestors: Sequence[Evaluation], titles: Mapping[str, str]) -> 
     return picture(title, width, height, *parts, class_="lineage")
 
 
-def _draw_liv(position: int, liv_class: int, x: float, y: float, size: _Size) -> str:
-    pool = POOL[liv_class]
+def _draw_liv(position: int, cls: LIVClass, x: float, y: float, size: _Size) -> str:
+    name, family = cls.name.partition("[")[0], FAMILIES[cls.family]  # what a LIV has of its own shows under a pointer
     shape = {"x": x, "y": y, "width": size.width, "height": size.box, "rx": size.box / 4}
     parts = [
-        tag("title", escaped(f"LIV {position}: {pool.name}, {FAMILIES[family_of(liv_class)]}")),
+        tag("title", escaped(f"LIV {position}: {cls.name}, {family}")),
         tag("rect", **shape, class_="fill"),
     ]
-    if pool.differential:
+    if cls.differential:
         parts.append(tag("rect", **shape, fill="url(#hatch)"))
     baseline = y + size.box / 2 + (3.2 if size is _SMALL else 4.2)
     if size is _SMALL:
-        parts.append(label(pool.name, x + size.width / 2, baseline, "name", "middle"))
+        parts.append(label(name, x + size.width / 2, baseline, "name", "middle"))
     else:
         parts += [
             label(position, x + 22, baseline, "index", "end"),
-            label(pool.name, x + 31, baseline, "name"),
-            label(FAMILIES[family_of(liv_class)], x + size.width - 9, baseline, "family", "end"),
+            label(name, x + 31, baseline, "name"),
+            label(family, x + size.width - 9, baseline, "family", "end"),
         ]
-    return tag("g", *parts, style=f"--fill:var(--liv-{base_class(liv_class)})")
+    return tag("g", *parts, style=f"--fill:var(--liv-{base_class(cls.id)})")
 
 
 def _count_lanes(lanes: Mapping[Rail, int]) -> int:

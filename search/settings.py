@@ -11,6 +11,7 @@ from typing import Any
 from search.ranking import COUNTED_BEFORE, Ranking, Term, contradiction
 from search.train import Precision, TrainConfig, peak_rate
 from star_core import Genome, ModelConfig
+from star_core.genome import LEVELS, Level
 
 TRAINED = ("perplexity", "bits_per_byte", "parameters", "cache_bytes")
 MEASURED = ("prefill_ms", "decode_ms_per_token", "train_ms_per_step", "peak_memory_bytes")
@@ -40,8 +41,8 @@ class Settings:
         optimizer: One of `OPTIMIZERS`, or the name of one of nevergrad's.
         population: Genomes that survive a generation, and genomes asked for in each.
         generations: Generations, the initial one included.
-        depth: LIVs in a genome.
-        width: Width of the residual stream.
+        depth: LIVs in a genome; above backbone level at most.
+        width: Width of the residual stream; above backbone level at most.
         head_dim: Channels of an attention head.
         tokens: Training tokens of each candidate.
         seq_len: Training length; also the context of `cache_bytes` and of the prefill measurement.
@@ -64,6 +65,8 @@ class Settings:
         cache: SQLite file of results that runs share; None for none.
         start: Texts of genomes that the initial population begins with.
         seed: Seeds the evolution and, with a genome's hash, each training.
+        level: How deep the search mutates: "backbone" is the paper's space; "operator" and "featurizer" add LIVs with
+            operators, norms and, the last, feature groups of their own, and models with a width and a depth.
         workers: "processes" (a fresh process for each candidate) or "inline" (all in this one).
         jobs: Candidates trained at once, one thread each; 0 takes the number of cores.
     """
@@ -95,6 +98,7 @@ class Settings:
     cache: str | None = None
     start: tuple[str, ...] = ()
     seed: int = 0
+    level: Level = "backbone"
     workers: str = "processes"
     jobs: int = 0
 
@@ -109,6 +113,8 @@ class Settings:
         self._check_budget()
         if not 0 <= self.epsilon < 1:
             raise SettingsError(f"epsilon: needs a number from 0 to below 1, got {self.epsilon}")
+        if self.level not in LEVELS:
+            raise SettingsError(f"level: unknown {self.level!r}{nearest(self.level, LEVELS)}")
         if self.workers not in ("inline", "processes"):
             raise SettingsError(f"workers: needs inline or processes, got {self.workers!r}")
         for name, least in (

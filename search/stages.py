@@ -31,6 +31,7 @@ class Request:
     name: str | None = None
     parents: tuple[str, ...] = ()
     repaired: bool = False
+    mutations: tuple[str, ...] = ()
 
     def evaluation(self, outcome: Outcome, settings: Settings, rungs: Sequence[Mapping[str, float]] = ()) -> Evaluation:
         """Return the row of the log for an outcome."""
@@ -51,6 +52,7 @@ class Request:
             curve=outcome.curve,
             cached=outcome.cached,
             rungs=tuple(rungs),
+            mutations=self.mutations,
         )
 
 

@@ -61,6 +61,7 @@ class Evaluation:
         cached: Whether the training's result is an earlier run's.
         rungs: With successive halving, what the training gave at each rung that it reached, lowest first; empty for a
             training in one go.
+        mutations: Names of the changes that made it of its parents; empty at backbone level.
     """
 
     genome: str
@@ -78,6 +79,7 @@ class Evaluation:
     curve: tuple[tuple[int, float], ...] = field(default=(), repr=False)
     cached: bool = False
     rungs: tuple[Mapping[str, float], ...] = ()
+    mutations: tuple[str, ...] = ()
 
 
 _SCHEMA = """
@@ -267,6 +269,8 @@ def _to_row(evaluation: Evaluation) -> tuple[Any, ...]:
     details: dict[str, Any] = {"cached": True} if evaluation.cached else {}
     if evaluation.rungs:
         details["rungs"] = [dict(metrics) for metrics in evaluation.rungs]
+    if evaluation.mutations:
+        details["mutations"] = evaluation.mutations
     return (
         evaluation.kind,
         evaluation.name,
@@ -304,6 +308,7 @@ def _from_row(row: tuple[Any, ...]) -> Evaluation:
         curve=tuple((step, loss) for step, loss in json.loads(curve)),
         cached=details.get("cached", False),
         rungs=tuple(details.get("rungs", ())),
+        mutations=tuple(details.get("mutations", ())),
     )
 
 

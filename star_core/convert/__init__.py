@@ -187,6 +187,8 @@ def _kind(genome: Genome, config: ModelConfig) -> Any:
     for index in range(len(genome)):
         if sharing.featurizer_source[index] != index or sharing.tensor_source[index]:
             raise ValueError(f"genome: LIV {index} shares with an earlier one, as no class of transformers does")
+    if any(genes.extension is not None for genes in genome.canonical().livs):
+        raise ValueError(f"genome: no class of transformers has the layers of {genome}; needs the paper's genes alone")
     classes = [POOL[genes.liv_class] for genes in genome.livs]
     names = {cls.name for cls in classes}
     mixers = {cls.name for cls in classes[::2]}

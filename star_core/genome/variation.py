@@ -122,8 +122,12 @@ def _extended(liv: LIVGenes, rng: np.random.Generator, level: Level, bounds: Bou
         alone = apply("class", alone, rng, level=level, bounds=bounds)
     if rng.random() < _EXTEND:
         names = LOCAL[level]
-        for _ in range(int(rng.integers(1, 5))):
+        # Of nine families the pool has five: half of the LIVs draw their operator first.
+        if rng.random() < 0.5:
+            alone = apply("operator", alone, rng, level=level, bounds=bounds)
+        for _ in range(int(rng.integers(1, 4))):
             alone = apply(names[int(rng.integers(len(names)))], alone, rng, level=level, bounds=bounds)
+        alone = apply("window", alone, rng, level=level, bounds=bounds)  # no band has to begin with the usual one
     return alone.livs[0]
 
 
@@ -212,7 +216,8 @@ def vary(
     """Return a copy with one or more of the named changes of a level above the backbone's, and their names.
 
     There are as many as `mutate` would change genes of a paper genome: one, and for each of the five genes of a LIV one
-    more with probability `rate`. A change that finds nothing to change is drawn again.
+    more with probability `rate`; more where they undo one another. A change that finds nothing to change is drawn
+    again.
 
     Args:
         genome: Valid with the sizes of `bounds`; the copy is so too.
@@ -240,7 +245,7 @@ def vary(
         if changed != mutant:
             mutant = changed
             applied.append(name)
-        if len(applied) == wanted:
+        if len(applied) >= wanted and mutant != genome:  # two changes may undo one another
             break
     return mutant, tuple(applied)
 

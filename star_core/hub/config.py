@@ -125,7 +125,8 @@ class StarConfig(PreTrainedConfig):
             raise ValueError(
                 f"genome: {self.genome} is not valid: {'; '.join(violation.message for violation in violations)}"
             )
-        self.model_config()
+        config = self.model_config()
+        self.width, self.head_dim, self.ffn_width = config.width, config.head_dim, config.ffn_width
         super().__init__(**kwargs)
 
     def parsed_genome(self) -> Genome:
@@ -133,9 +134,10 @@ class StarConfig(PreTrainedConfig):
         return Genome.parse(self.genome)
 
     def model_config(self) -> ModelConfig:
-        """Return the sizes as `LanguageModel` takes them."""
+        """Return the sizes as `LanguageModel` takes them, with those that the genome decides."""
         sizes = {name: getattr(self, name) for name in _SIZES}
-        return ModelConfig(**sizes, tie_embeddings=bool(self.tie_word_embeddings))
+        config = ModelConfig(**sizes, tie_embeddings=bool(self.tie_word_embeddings))
+        return config.with_sizes(self.parsed_genome().sizes)
 
     @property
     def num_hidden_layers(self) -> int:

@@ -42,6 +42,23 @@ class _GatedConvolution(LIV):
             groups["B"] = (reused or {})["B"]
         return groups
 
+    def _taps(self, length: int, reused: Features | None, state: State | None, offset: int) -> Tensor:
+        """Return the filter: reused, or made of the weights, once a sequence where the state has room for it."""
+        if "K" in self.reuse:
+            return (reused or {})["K"]
+        if state is None or "K" not in state:
+            return self._filter(length)
+        if offset:
+            return read(state, "K")
+        taps = self._filter(state["K"].shape[1])
+        write(state, "K", taps)
+        return taps
+
+    def refill(self, state: State) -> None:
+        """See `LIV`: the filter's taps."""
+        if "K" in state:
+            write(state, "K", self._filter(state["K"].shape[1]))
+
     def _filter(self, length: int) -> Tensor:
         assert self.featurizer.filter is not None
         taps: Tensor = self.featurizer.filter(length)
@@ -60,6 +77,7 @@ class GatedShortConv(_GatedConvolution):
         taps: Length of the filter.
         inner: Channels of the convolution. Default: `width`.
         reuse: Of "B" and "K", those that an earlier LIV computes.
+        keeps_filter: Whether decoding keeps the taps, as it should where a network makes them.
     """
 
     def __init__(
@@ -70,9 +88,11 @@ class GatedShortConv(_GatedConvolution):
         taps: int,
         inner: int | None = None,
         reuse: Collection[str] = (),
+        keeps_filter: bool = False,
     ) -> None:
         super().__init__(featurizer, width=width, inner=inner, reuse=reuse)
         self.taps = taps
+        self.keeps_filter = keeps_filter
 
     def forward(
         self,
@@ -85,7 +105,7 @@ class GatedShortConv(_GatedConvolution):
     ) -> tuple[Tensor, Features]:
         """See `LIV`. "B" is [B, T, inner], "K" the taps [inner, taps]."""
         groups = self._gates(x, reused, state, ragged)
-        taps = (reused or {})["K"] if "K" in self.reuse else self._filter(self.taps)
+        taps = self._taps(self.taps, reused, state, offset)
         v, B, C = (groups[name] for name in ("v", "B", "C"))
         cu_seqlens = cu_seqlens_of(ragged)
         if state is None:
@@ -101,8 +121,11 @@ class GatedShortConv(_GatedConvolution):
         return self.out(y), {"B": B, "K": taps}
 
     def state_spec(self, batch_size: int, max_length: int, dtype: torch.dtype) -> dict[str, StateSpec]:
-        """The last taps - 1 gated inputs and the short convolutions' inputs: the same for any `max_length`."""
+        """The last taps - 1 gated inputs and the short convolutions' inputs, and the taps of a filter that a network
+        makes unless reused: the same for any `max_length`."""
         spec = self.featurizer.state_spec(self.computed, batch_size)
+        if self.keeps_filter and "K" not in self.reuse:
+            spec["K"] = StateSpec((self.inner, self.taps), dtype, ())
         return spec | {"conv": StateSpec((batch_size, self.inner, self.taps - 1), state_dtype(dtype))}
 
 
@@ -144,15 +167,8 @@ class GatedLongConv(_GatedConvolution):
         there is one."""
         groups = self._gates(x, reused, state, ragged)
         B, v, C = (groups[name] for name in ("B", "v", "C"))
-        if "K" in self.reuse:
-            taps = (reused or {})["K"]
-        elif state is None:
-            taps = self._filter(x.shape[1] if ragged is None else ragged.longest)
-        elif offset == 0:
-            taps = self._filter(state["K"].shape[1])
-            write(state, "K", taps)
-        else:
-            taps = read(state, "K")
+        length = x.shape[1] if ragged is None else ragged.longest
+        taps = self._taps(length, reused, state, offset)
         if state is None:
             y = long_conv(v, taps, gate_in=B, gate_out=C, skip=self.skip, cu_seqlens=cu_seqlens_of(ragged))
         else:
@@ -174,11 +190,6 @@ class GatedLongConv(_GatedConvolution):
         all_seqlens = None if ragged is None else ragged.all_cu_seqlens
         y = long_conv(seen.to(v.dtype), taps, skip=self.skip, cu_seqlens=all_seqlens)
         return C * (y[:, offset:] if ragged is None or ragged.new is None else y[:, ragged.new])
-
-    def refill(self, state: State) -> None:
-        """See `LIV`: the filter's taps."""
-        if "K" in state:
-            write(state, "K", self._filter(state["K"].shape[1]))
 
     def state_spec(self, batch_size: int, max_length: int, dtype: torch.dtype) -> dict[str, StateSpec]:
         """Every gated input and the filter's taps unless reused."""

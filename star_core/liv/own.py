@@ -96,7 +96,8 @@ def own_liv(liv: LIVClass, shape: LIVShape, featurizer: nn.Module, reuse: Collec
         return GatedMemoryless(featurizer, width=width, hidden=inner, nonlinearity=liv.operator.nonlinearity)
     if liv.family == "short_conv":
         taps = liv.window or liv.featurizer["K"].expansion
-        return GatedShortConv(featurizer, width=width, taps=taps, inner=inner, reuse=reuse)
+        cut = liv.window is not None
+        return GatedShortConv(featurizer, width=width, taps=taps, inner=inner, reuse=reuse, keeps_filter=cut)
     if liv.family == "long_conv":
         return GatedLongConv(featurizer, width=width, inner=inner, reuse=reuse)
     heads = _heads(liv, shape)

@@ -1,6 +1,8 @@
 """Genomes as a parameter: always valid, deterministic, hashed by the network they stand for."""
 
+import hashlib
 import pickle
+from dataclasses import replace
 from itertools import pairwise
 
 import nevergrad as ng
@@ -8,8 +10,8 @@ import numpy as np
 import pytest
 
 from search.evolution import NSGA2
-from search.space import GenomeParameter
-from star_core.genome import POOL, Genome, LIVGenes, transformer_pp, validate
+from search.space import GenomeParameter, bounds_of
+from star_core.genome import MUTATIONS, POOL, Genome, LIVGenes, SizeGenes, transformer_pp, validate
 
 
 def make(depth: int = 8, classes=None, seed: int = 0, **rates) -> GenomeParameter:
@@ -230,3 +232,154 @@ def test_a_value_outside_the_space_fails_clearly(value, error, message):
 def test_bad_construction_fails_clearly(arguments, error, message):
     with pytest.raises(error, match=message):
         GenomeParameter(**arguments)
+
+
+def asked_texts() -> list[str]:
+    parameter = make(8, seed=5)
+    optimizer = NSGA2(parameter, num_objectives=2, population_size=8)
+    texts = []
+    for index in range(60):
+        candidate = optimizer.ask()
+        texts.append(f"{candidate.value} {candidate.value.hash} {candidate.parent_hashes} {candidate.repaired}")
+        if index % 7:
+            shared = sum(source != i for i, source in enumerate(candidate.value.sharing().featurizer_source))
+            optimizer.tell(candidate, [sum(liv.liv_class for liv in candidate.value.livs) - shared, float(shared)])
+        else:
+            optimizer.discard(candidate)
+    return texts
+
+
+def test_the_papers_space_is_searched_as_of_old():
+    """Recorded before there were other levels: a run folder of that time goes on as it would have."""
+    digest = hashlib.sha256("\n".join(asked_texts()).encode()).hexdigest()
+    assert digest[:32] == "e45771e5a84477b32c404ae3680d41fe"
+
+
+# Above backbone level
+
+SIZES = SizeGenes(width=64, head_dim=16)
+BOUNDS = bounds_of(8, 64, 16, 128)
+
+
+def deep(level: str = "featurizer", seed: int = 0, **options) -> GenomeParameter:
+    return make(8, seed=seed, level=level, bounds=BOUNDS, **options)
+
+
+def test_bounds_follow_the_settings():
+    assert BOUNDS.depths == (4, 8)
+    assert BOUNDS.widths == (32, 48)
+    assert BOUNDS.head_dims == (8, 32)
+    assert BOUNDS.windows == (8, 16, 32, 64)
+    assert BOUNDS.sizes == SIZES
+    assert bounds_of(2, 8, 2, 8) == replace(
+        BOUNDS, depths=(2, 2), widths=(4, 6), head_dims=(4,), windows=(8,), sizes=SizeGenes(width=8, head_dim=2)
+    )
+
+
+@pytest.mark.parametrize("level", ["operator", "featurizer"])
+def test_whatever_is_bred_above_backbone_level_is_valid_and_keeps_to_the_bounds(level):
+    parameter = deep(level, mutation_rate=0.1)
+    family = [parameter.sample() for _ in range(10)]
+    extended = resized = 0
+    for i in range(150):
+        child = breed(family[i % 10], family[(i * 7 + 1) % 10])
+        genome = child.value
+        assert validate(genome, SIZES) == []
+        assert 4 <= len(genome) <= 8
+        assert genome.sizes.width in (None, 32, 48)
+        assert child.mutations
+        assert set(child.mutations) <= set(MUTATIONS[level])
+        extended += any(liv.extension for liv in genome.livs)
+        resized += genome.sizes != SizeGenes()
+        assert level == "featurizer" or not any(liv.extension.groups for liv in genome.livs if liv.extension)
+        family[i % 10] = child
+    assert extended > 75
+    assert resized > 30
+
+
+def test_classes_are_kept_to_above_backbone_level():
+    parameter = deep("operator", classes=(1, 9))
+    drawn = parameter.sample()
+    for _ in range(60):
+        drawn = breed(drawn, parameter.sample())
+        assert {liv.liv_class for liv in drawn.value.livs} <= {1, 9}
+
+
+def test_same_seed_and_results_breed_the_same_genomes():
+    def history(seed: int, order: int) -> list[str]:
+        parameter = deep(seed=seed)
+        optimizer = NSGA2(parameter, num_objectives=2, population_size=8)
+        texts = []
+        for _ in range(6):
+            asked = [optimizer.ask() for _ in range(8)]
+            texts += [f"{candidate.value} {candidate.mutations}" for candidate in asked]
+            for candidate in asked[::order]:
+                if candidate.value.hash[0] == "0":
+                    optimizer.discard(candidate)
+                    candidate.learn_outcome(False)
+                else:
+                    depth = len(candidate.value)
+                    optimizer.tell(candidate, [float(int(candidate.value.hash[:6], 16)), float(depth)])
+                    candidate.learn_outcome(True)
+        assert parameter.choice is not None
+        texts.append(str(parameter.choice.tallies()))
+        return texts
+
+    assert history(1, 1) == history(1, 1) == history(1, -1)
+    assert history(1, 1) != history(2, 1)
+
+
+def test_mutations_that_pay_are_drawn_more_often():
+    parameter = deep(seed=3)
+    optimizer = NSGA2(parameter, num_objectives=1, population_size=8)
+    losses: dict[str, float] = {}
+    for _ in range(250):
+        candidate = optimizer.ask()
+        before = min((losses[parent] for parent in candidate.parent_hashes), default=0.0)
+        losses[candidate.value.hash] = before - 1.0 if "residual" in candidate.mutations else before + 1.0
+        optimizer.tell(candidate, losses[candidate.value.hash])
+        candidate.learn_outcome(True)
+    tallies = parameter.choice.tallies()
+    assert sum(tally.probability for tally in tallies.values()) == pytest.approx(1.0)
+    assert tallies["residual"].reward == 1.0
+    others = [tally for name, tally in tallies.items() if name != "residual"]
+    assert tallies["residual"].probability > 1.3 * max(tally.probability for tally in others)
+
+
+def test_nothing_is_learned_at_backbone_level():
+    parameter = make(4)
+    child = breed(parameter.sample(), parameter.sample())
+    assert child.mutations == ()
+    assert parameter.choice is None
+    child.learn_outcome(True)
+
+
+def test_only_what_was_told_has_succeeded():
+    child = breed(deep().sample(), deep().sample())
+    with pytest.raises(RuntimeError, match="No loss"):
+        child.learn_outcome(True)
+
+
+def test_sizes_that_the_model_has_anyway_are_not_written():
+    parameter = deep()
+    child = parameter.spawn_child(new_value=Genome.parse("width=64,head_dim=16;" + str(transformer_pp(8))))
+    assert child.value == transformer_pp(8)
+    same = GenomeParameter(8, level="operator", bounds=replace(BOUNDS, widths=(32, 64), head_dims=(16, 8)))
+    assert same.bounds.widths == (32,)
+    assert same.bounds.head_dims == (8,)
+
+
+@pytest.mark.parametrize(
+    ("make_one", "value", "message"),
+    [
+        (lambda: make(2), Genome.parse("11111-11111[window=3]"), "need the paper's genes alone at level backbone"),
+        (lambda: make(2), Genome.parse("width=32;11111-11111"), "need the paper's genes alone at level backbone"),
+        (deep, Genome.parse("11111-91111"), "value: need 4 to 8 LIVs, got 2"),
+        (deep, Genome.parse("-".join(["11111[head_dim=6]"] * 4)), "does not fit: LIV 0: width is 64; needs a multiple"),
+        (lambda: make(2, level="genes"), None, "level: is 'genes', needs one of backbone, operator, featurizer"),
+        (lambda: make(3, level="operator", bounds=BOUNDS), None, "depth: need 4 to 8, as bounds.depths says, got 3"),
+    ],
+)
+def test_what_is_outside_the_space_of_a_level_fails_clearly(make_one, value, message):
+    with pytest.raises(ValueError, match=message):
+        make_one().spawn_child(new_value=value)

@@ -122,6 +122,13 @@ def parser() -> argparse.ArgumentParser:
         "path (repeatable, or with commas)",
     )
     option(
+        "--final-seeds",
+        type=int,
+        metavar="N",
+        help="train and measure the final front again with N other seeds; front.json and the report get mean and "
+        "deviation (default: 0)",
+    )
+    option(
         "--cache",
         metavar="PATH",
         help="take results of the same genome, text, settings and seed from this file, and leave new ones there; "

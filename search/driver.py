@@ -78,8 +78,11 @@ def _search(settings: Settings, stages: Stages, on_generation: Callable[[], None
                 succeeded = False
             candidate.learn_outcome(succeeded)
         on_generation()
-    if settings.cache is not None:
-        stages.give_weights(front_of(stages.store.evaluations(), ranking))
+    if settings.cache is not None or settings.final_seeds:
+        front = front_of(stages.store.evaluations(), ranking)
+        if settings.cache is not None:
+            stages.give_weights(front)
+        stages.repeat(front)
         on_generation()
 
 

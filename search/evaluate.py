@@ -56,6 +56,7 @@ class Task:
         start: Training: go on after this step, from the checkpoint that is in `work` for it; from the beginning where
             there is none.
         stop: Training: stop after this step, and leave a checkpoint instead of the weights. None trains to the end.
+        replica: 0 for the search's own evaluation; above, for a repetition with another seed, which leaves no weights.
     """
 
     genome: str
@@ -66,12 +67,18 @@ class Task:
     stage: str
     start: int | None = None
     stop: int | None = None
+    replica: int = 0
+
+    @property
+    def name(self) -> str:
+        """Which evaluation this is a half of: the genome's hash, and the number of a repetition."""
+        return f"{self.genome_hash}+{self.replica}" if self.replica else self.genome_hash
 
     @property
     def result_path(self) -> Path:
         """Where the result of this half is written."""
         rung = "" if self.stop is None else f"-{self.stop}"
-        return self.work / f"{self.genome_hash}.{self.stage}{rung}.json"
+        return self.work / f"{self.name}.{self.stage}{rung}.json"
 
     def checkpoint_path(self, step: int) -> Path:
         """Where a training that stops after `step` leaves its checkpoint."""
@@ -100,9 +107,10 @@ class Outcome:
         return cls(**values | {"status": Status(values["status"]), "curve": curve})
 
 
-def candidate_seed(run_seed: int, genome_hash: str) -> int:
+def candidate_seed(run_seed: int, genome_hash: str, replica: int = 0) -> int:
     """Return the seed of a candidate's training: the same whenever and wherever it is trained in a run."""
-    digest = hashlib.sha256(f"{run_seed}:{genome_hash}".encode()).digest()
+    text = f"{run_seed}:{genome_hash}:{replica}" if replica else f"{run_seed}:{genome_hash}"
+    digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:6], "big")
 
 
@@ -200,7 +208,7 @@ def _train(task: Task, started: float, report: Callable[[int, float], None] | No
         peak = _peak_bytes(model, settings)
         reference_peak = _reference_peak_bytes(task, _model_config(task, corpus))
         metrics |= {"peak_memory_bytes": peak, "peak_memory_bytes_ratio": peak / reference_peak}
-    if task.stop is not None:
+    if task.stop is not None or task.replica:
         return Outcome(Status.OK, metrics, time.monotonic() - started, curve=tuple(result.curve))
     weights = task.work / f"{task.genome_hash}.safetensors"
     temporary = weights.with_suffix(".new")
@@ -228,7 +236,7 @@ def _reference_peak_bytes(task: Task, config: ModelConfig) -> float:
     path = task.work / "reference.json"
     if not path.exists():
         # Two processes may come here at once: each renames a file of its own, and both hold the same number.
-        own = task.work / f"{task.genome_hash}.reference.json"
+        own = task.work / f"{task.name}.reference.json"
         write_json(own, _peak_bytes(LanguageModel(transformer_pp(task.settings.depth), config), task.settings))
         own.replace(path)
     return float(read_json(path))

@@ -12,7 +12,7 @@ import sqlite3
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ CURVE_POINTS = 100
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder in memory. `front` is sorted by the first objective."""
+    """A run folder in memory. `front` is sorted by the first objective; `finals` has the summary of the repetitions of
+    its members, by hash, as `search.store.summary_of` makes it, for those that were repeated."""
 
     directory: Path
     config: Mapping[str, Any]
@@ -42,6 +43,7 @@ class Run:
     candidates: tuple[Evaluation, ...]
     baselines: tuple[Evaluation, ...]
     front: tuple[Evaluation, ...]
+    finals: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def is_scored(self, evaluation: Evaluation) -> bool:
         """Tell whether the evaluation succeeded and has a number for every objective."""
@@ -128,9 +130,14 @@ def read_run(run_dir: Path) -> Run:
         front=(),
     )
     front_path = run_dir / "front.json"
-    members = _front_from_file(front_path, run) if front_path.exists() else front_of(run.scored, run.ranking)
+    entries = _read_json(front_path) if front_path.exists() else None
+    members = front_of(run.scored, run.ranking) if entries is None else _front_from_file(front_path, entries, run)
     first = run.objectives[0]
-    return replace(run, front=tuple(sorted(members, key=lambda member: (member.metrics[first], member.genome_hash))))
+    return replace(
+        run,
+        front=tuple(sorted(members, key=lambda member: (member.metrics[first], member.genome_hash))),
+        finals={entry["genome_hash"]: entry["final"] for entry in entries or () if "final" in entry},
+    )
 
 
 @dataclass(frozen=True)
@@ -365,11 +372,11 @@ def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _front_from_file(path: Path, run: Run) -> tuple[Evaluation, ...]:
+def _front_from_file(path: Path, entries: Sequence[Mapping[str, Any]], run: Run) -> tuple[Evaluation, ...]:
     """Match `front.json` with the log; its metrics win, since the front may have been measured again."""
     by_hash = {candidate.genome_hash: candidate for candidate in run.candidates}
     members = []
-    for entry in _read_json(path):
+    for entry in entries:
         evaluation = by_hash.get(entry["genome_hash"])
         if evaluation is None:
             raise ValueError(f"run_dir: {path} names genome {entry['genome_hash']}, which run.db does not hold")

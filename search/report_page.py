@@ -56,7 +56,8 @@ def render_page(run: Run) -> str:
         tiles=[_tile(run, column) for column in columns if column.key in run.objectives] if progress else [],
         sections={id_: name for id_, (name, content) in sections.items() if content},
         columns=columns,
-        table=_table(rows, columns),
+        table=_table(rows, columns, run.finals),
+        repeated=max((final["seeds"] + final["failed"] for final in run.finals.values()), default=0),
         progress=_progress_context(run, progress, axes) if progress else None,
         legend=_legend(run),
         cards=cards,
@@ -171,9 +172,29 @@ def _tile(run: Run, column: Column) -> dict[str, Any]:
     }
 
 
-def _table(rows: Sequence[FrontRow], columns: Sequence[Column]) -> list[dict[str, Any]]:
+def _table(
+    rows: Sequence[FrontRow], columns: Sequence[Column], finals: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     best = {column.key: best_value(rows, column.key) for column in columns}
-    return [{"row": row, "cells": [_cell(row.metrics, column, best[column.key]) for column in columns]} for row in rows]
+    return [
+        {
+            "row": row,
+            "cells": [
+                _cell(row.metrics, column, best[column.key])
+                | {"final": _final(finals[row.genome_hash], column) if row.number and row.genome_hash in finals else ""}
+                for column in columns
+            ],
+        }
+        for row in rows
+    ]
+
+
+def _final(final: Mapping[str, Any], column: Column) -> str:
+    """Write mean and deviation of a winner's repetitions."""
+    if column.key not in final["mean"]:
+        return "failed" if not final["seeds"] else ""
+    deviation = final["deviation"].get(column.key)
+    return column.format(final["mean"][column.key]) + ("" if deviation is None else f" ± {column.format(deviation)}")
 
 
 def _cell(metrics: Mapping[str, float], column: Column, best: float | None) -> dict[str, Any]:

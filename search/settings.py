@@ -62,6 +62,7 @@ class Settings:
         budget: Terms such as "parameters<=2000000", on any of `OBJECTIVES`, that every winner keeps.
         epsilon: Two values of a timed objective less than this fraction apart can count as equal.
         data: Files, folders or data set names; empty for the embedded corpus.
+        final_seeds: Other seeds that the final front is trained and measured again with, each of them once.
         cache: SQLite file of results that runs share; None for none.
         start: Texts of genomes that the initial population begins with.
         seed: Seeds the evolution and, with a genome's hash, each training.
@@ -95,6 +96,7 @@ class Settings:
     budget: tuple[str, ...] = ()
     epsilon: float = 0.02
     data: tuple[str, ...] = ()
+    final_seeds: int = 0
     cache: str | None = None
     start: tuple[str, ...] = ()
     seed: int = 0
@@ -128,6 +130,7 @@ class Settings:
             ("measure_threads", 0),
             ("probe_steps", 0),
             ("rungs", 1),
+            ("final_seeds", 0),
             ("jobs", 0),
             ("seed", 0),
         ):

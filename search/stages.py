@@ -14,7 +14,7 @@ from search.data import Corpus
 from search.evaluate import Outcome, Task, candidate_seed
 from search.result_cache import ResultCache
 from search.settings import RUNG_FACTOR, Settings
-from search.store import Evaluation, Status, Store
+from search.store import FINAL, Evaluation, Status, Store
 from search.view import View
 from search.workers import Workers
 from star_core import Genome
@@ -33,6 +33,8 @@ class Request:
     repaired: bool = False
     mutations: tuple[str, ...] = ()
 
+    replica: int = 0
+
     def evaluation(self, outcome: Outcome, settings: Settings, rungs: Sequence[Mapping[str, float]] = ()) -> Evaluation:
         """Return the row of the log for an outcome."""
         genome_hash = self.genome.hash
@@ -40,7 +42,7 @@ class Request:
             genome=str(self.genome.canonical()),
             genome_hash=genome_hash,
             status=outcome.status,
-            seed=candidate_seed(settings.seed, genome_hash),
+            seed=candidate_seed(settings.seed, genome_hash, self.replica),
             generation=self.generation,
             metrics=outcome.metrics,
             seconds=outcome.seconds,
@@ -173,14 +175,38 @@ class Stages:
         losses, violations = [ranking.losses(m) for m in metrics], [ranking.violation(m) for m in metrics]
         return [climbers[i] for i in nsga2.survive(losses, places, violations).indices]
 
-    def _forget(self, genome: Genome) -> None:
+    def _forget(self, genome: Genome, replica: int = 0) -> None:
         """Delete what the trainings of a genome that is in the log have left."""
-        train, measure = self.task(genome, "train"), self.task(genome, "measure")
+        train, measure = self.task(genome, "train", replica), self.task(genome, "measure", replica)
         left = [train.result_path, measure.result_path]
         for step in self.settings.rung_steps[:-1]:
             left += [replace(train, stop=step).result_path, train.checkpoint_path(step)]
         for path in left:
             path.unlink(missing_ok=True)
+
+    def repeat(self, front: Sequence[Evaluation]) -> None:
+        """Train and measure the front again with `settings.final_seeds` other seeds each, and log it.
+
+        The search's own results are the best of many, and so better than they are likely to be again; these are not.
+
+        Raises:
+            OSError: The disk is full.
+        """
+        requests = [
+            Request(Genome.parse(e.genome), e.generation, f"{FINAL} {replica}", e.name, e.parents, replica=replica)
+            for replica in range(1, self.settings.final_seeds + 1)
+            for e in front
+        ]
+        missing = [r for r in requests if self.store.find(r.genome.hash, r.kind) is None]
+        trained = self._run([self.task(r.genome, "train", r.replica) for r in missing])
+        for request in missing:
+            outcome = trained[self.task(request.genome, "train", request.replica).name]
+            if outcome.status is Status.OK and self.settings.timed:
+                outcome = _joined(outcome, self._measure(request.genome, request.replica))
+            evaluation = request.evaluation(outcome, self.settings)
+            self.store.add(evaluation)
+            self._forget(request.genome, request.replica)
+            self.view.repeated(evaluation)
 
     def give_weights(self, front: Sequence[Evaluation]) -> None:
         """Train those of the front again whose results came from the cache, since no weights came with them.
@@ -194,28 +220,28 @@ class Stages:
             self.view.retrained(logged[task.genome_hash], outcome)
             task.result_path.unlink(missing_ok=True)
 
-    def task(self, genome: Genome, stage: str) -> Task:
+    def task(self, genome: Genome, stage: str, replica: int = 0) -> Task:
         """Return one half of a genome's evaluation."""
-        genome_hash = genome.hash
-        seed = candidate_seed(self.settings.seed, genome_hash)
-        return Task(str(genome.canonical()), genome_hash, seed, self.settings, self.store.work, stage)
+        canonical, genome_hash = str(genome.canonical()), genome.hash
+        seed = candidate_seed(self.settings.seed, genome_hash, replica)
+        return Task(canonical, genome_hash, seed, self.settings, self.store.work, stage, replica=replica)
 
-    def _measure(self, genome: Genome) -> Outcome:
-        task = self.task(genome, "measure")
+    def _measure(self, genome: Genome, replica: int = 0) -> Outcome:
+        task = self.task(genome, "measure", replica)
         self.view.measuring(task)
-        return self._run([task], jobs=1)[task.genome_hash]
+        return self._run([task], jobs=1)[task.name]
 
     def _run(self, tasks: Sequence[Task], jobs: int | None = None) -> Mapping[str, Outcome]:
-        """Do the tasks that no earlier run has done, the longest first; return all outcomes by the genome's hash."""
+        """Do the tasks that no earlier run has done, the longest first; return all outcomes by their tasks' names."""
         outcomes: dict[str, Outcome] = {}
         left = []
         for task in sorted(tasks, key=_work, reverse=True):
             if self.cache is not None and (found := self.cache.find(task)) is not None:
-                outcomes[task.genome_hash] = found
+                outcomes[task.name] = found
             else:
                 left.append(task)
         for task, outcome in self.workers.run(left, jobs or self._jobs(), self.view.training):
-            outcomes[task.genome_hash] = outcome
+            outcomes[task.name] = outcome
             self.view.trained(task)
             if self.cache is not None:
                 self.cache.add(task, outcome)

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import sqlite3
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -36,6 +37,10 @@ class Status(StrEnum):
     CRASH = "CRASH"
 
 
+FINAL = "final"
+"""First word of the kind of an evaluation that repeats a winner's with another seed; its number is the second."""
+
+
 class RunFolderError(Exception):
     """The run folder can't be used as asked; its text is one sentence for the person who asked."""
 
@@ -53,7 +58,7 @@ class Evaluation:
         metrics: Objective name to value; empty unless the status is OK, or OVER_BUDGET: then what can be counted.
         seconds: Time taken, training and measurement.
         error: Why it failed, or None.
-        kind: "candidate" or "baseline".
+        kind: "candidate" or "baseline", or "final 1" and so on for a winner's repetitions.
         name: A baseline's name.
         parents: Hashes of the parents.
         repaired: Whether the genome came out of variation invalid and was repaired.
@@ -157,10 +162,12 @@ class Store:
         except sqlite3.DatabaseError as error:
             raise _translated(error, self.root) from error
 
-    def find(self, genome_hash: str) -> Evaluation | None:
-        """Return the evaluation of a genome, whoever asked for it."""
-        rows = self._db.execute(f"SELECT {_COLUMNS} FROM evaluations WHERE genome_hash = ? LIMIT 1", (genome_hash,))
-        row = rows.fetchone()
+    def find(self, genome_hash: str, kind: str | None = None) -> Evaluation | None:
+        """Return the evaluation of a genome, of one kind, or as a candidate or baseline."""
+        which = "kind IN ('candidate', 'baseline')" if kind is None else "kind = ?"
+        values = (genome_hash,) if kind is None else (genome_hash, kind)
+        query = f"SELECT {_COLUMNS} FROM evaluations WHERE genome_hash = ? AND {which} ORDER BY id LIMIT 1"
+        row = self._db.execute(query, values).fetchone()
         return None if row is None else _from_row(row)
 
     def evaluations(self) -> list[Evaluation]:
@@ -180,7 +187,13 @@ class Store:
         """
         evaluations = self.evaluations()
         front = front_of(evaluations, ranking)
-        rows = [{"genome": e.genome, "genome_hash": e.genome_hash, "metrics": dict(e.metrics)} for e in front]
+        rows: list[dict[str, Any]] = [
+            {"genome": e.genome, "genome_hash": e.genome_hash, "metrics": dict(e.metrics)} for e in front
+        ]
+        for row in rows:
+            repeated = [e for e in evaluations if e.genome_hash == row["genome_hash"] and e.kind.startswith(FINAL)]
+            if repeated:
+                row["final"] = summary_of(repeated)
         write_json(self.root / "front.json", rows)
         kept = {f"{e.genome_hash}.safetensors" for e in front}
         # What is trained and not logged yet, by a driver that was killed in between, may still enter the front.
@@ -226,6 +239,23 @@ def is_feasible(evaluation: Evaluation, ranking: Ranking) -> bool:
     """Tell whether an evaluation is a candidate's that succeeded, trained to the end, and keeps the budget."""
     succeeded = evaluation.kind == "candidate" and evaluation.status is Status.OK
     return succeeded and not ranking.tier(len(evaluation.rungs)) and ranking.violation(evaluation.metrics) == 0
+
+
+def summary_of(repeated: Sequence[Evaluation]) -> dict[str, Any]:
+    """Sum up a winner's repetitions.
+
+    Returns:
+        `seeds`: how many succeeded; `failed`: how many did not; `mean` and, from two on, `deviation` of each metric:
+        the sample standard deviation, with n - 1.
+    """
+    done = [e.metrics for e in repeated if e.status is Status.OK]
+    values = {name: [metrics[name] for metrics in done] for name in (done[0] if done else {})}
+    return {
+        "seeds": len(done),
+        "failed": len(repeated) - len(done),
+        "mean": {name: statistics.fmean(column) for name, column in values.items()},
+        "deviation": {name: statistics.stdev(column) for name, column in values.items() if len(column) > 1},
+    }
 
 
 def sentence_without_front(evaluations: Sequence[Evaluation], ranking: Ranking) -> str:

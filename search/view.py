@@ -93,6 +93,13 @@ class View:
             )
         self.console.print(f"{evaluation.genome_hash[:8]}  {now}", soft_wrap=True, highlight=False, markup=False)
 
+    def repeated(self, evaluation: Evaluation) -> None:
+        """Show a repetition of a winner's evaluation."""
+        self._drop(evaluation.genome_hash)
+        if not self.console.is_terminal:
+            text = f"{evaluation.kind}  {evaluation.genome_hash[:8]}  {self._result(evaluation)}"
+            self.console.print(text, soft_wrap=True, highlight=False, markup=False)
+
     def done(self, evaluation: Evaluation, fresh: bool) -> None:
         """Count an evaluation; `fresh` is false where it was read from the log."""
         self._drop(evaluation.genome_hash)
@@ -120,13 +127,15 @@ class View:
         where += " (cached)" if evaluation.cached else ""
         if evaluation.rungs and self._ranking.rungs > 1:
             where += f", rung {len(evaluation.rungs)} of {self._ranking.rungs}"
-        if evaluation.status is Status.OK:
-            shown = "  ".join(f"{name} {_shown(name, evaluation.metrics[name])}" for name in self.settings.objectives)
-            if broken := self._ranking.reason(evaluation.metrics):
-                shown += f"  {broken}"
-        else:
-            shown = f"{evaluation.status}: {evaluation.error}"
+        shown = self._result(evaluation)
         return f"[{len(self.evaluations)}/{self.total}] {where}  {evaluation.genome_hash[:8]}  {shown}"
+
+    def _result(self, evaluation: Evaluation) -> str:
+        if evaluation.status is not Status.OK:
+            return f"{evaluation.status}: {evaluation.error}"
+        shown = "  ".join(f"{name} {_shown(name, evaluation.metrics[name])}" for name in self.settings.objectives)
+        broken = self._ranking.reason(evaluation.metrics)
+        return f"{shown}  {broken}" if broken else shown
 
     def _left(self) -> str:
         remaining = self.total - len(self.evaluations)

@@ -74,6 +74,7 @@ def test_missing_setting_is_an_error() -> None:
         ({"budget": ("parameters<=1", "parameters>=2")}, "no genome can keep both parameters>=2 and parameters<=1"),
         ({"epsilon": 1.0}, "epsilon: needs a number from 0 to below 1, got 1.0"),
         ({"epsilon": float("nan")}, "epsilon: needs a number from 0 to below 1, got nan"),
+        ({"final_seeds": -1}, "final_seeds: needs at least 0, got -1"),
         ({"rungs": 0}, "rungs: needs at least 1, got 0"),
         ({"rungs": 5}, "rungs: needs a step at the lowest of them, 3 times as many .* the 32 steps .*, got 5"),
         ({"probe_steps": 33}, "probe_steps: needs at most the 32 steps of a training, got 33"),

@@ -1,4 +1,4 @@
-"""Chunked recurrences wider than a program's block, with the settings of each kind of GPU, in Triton's interpreter.
+"""Recurrences and attention wider than a program's block, with each kind of GPU's settings, in Triton's interpreter.
 
 The other tests' heads fit into one block, and the interpreter takes the settings of one GPU: here keys, values,
 channels and states need two blocks and more each, the last of them partly filled.
@@ -11,6 +11,7 @@ import torch
 
 from star_kernels import _triton
 from star_kernels._triton import Gpu
+from star_kernels.attention import triton_problem
 from tests.kernels.checks import Case, assert_close, call, gradients, upstream
 from tests.kernels.samples import normal, uniform
 
@@ -23,6 +24,7 @@ GPUS = {
     "tcgen05": Gpu("cuda", 100, 227 * 1024),
     "mfma": Gpu("hip", "gfx942", 64 * 1024),
 }
+NAN = float("nan")
 LENGTH, HEADS, KEYS, VALUES = 70, 1, 72, 80  # two sequences, of which one is longer than a chunk of 64 tokens
 
 
@@ -78,3 +80,49 @@ def test_several_blocks(operator: str, matrix: str, dtype: torch.dtype, monkeypa
         assert_close(one, want, f"output {index}", tolerance)
     for name, want in wanted.items():
         assert_close(found[name], want, f"gradient of {name}", tolerance)
+
+
+def _attention(operator: str) -> dict[str, torch.Tensor]:
+    names = ("q", "k") if operator == "attention" else ("q1", "k1", "q2", "k2")
+    tensors = {name: normal(name, 1, LENGTH, 2 if name[0] == "q" else 1, KEYS) for name in names}
+    if operator == "differential_attention":
+        tensors["lam"] = normal("lam", 2)
+    return {**tensors, "v": normal("v", 1, LENGTH, 1, VALUES)}
+
+
+@pytest.mark.parametrize("matrix", GPUS)
+@pytest.mark.parametrize("operator", ["attention", "differential_attention"])
+def test_attention_of_wide_heads(operator: str, matrix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of 72 and 80 channels, which float32's parts take in three slices of 32."""
+    monkeypatch.setattr(_triton, "_recorded_for", GPUS[matrix])
+    tensors = _attention(operator)
+    leaves = {name: one.float().requires_grad_() for name, one in tensors.items()}
+    exact_leaves = {name: one.detach().double().requires_grad_() for name, one in leaves.items()}
+    outputs = call(operator, "triton", leaves, {"window": 50})
+    exact = call(operator, "reference", exact_leaves, {"window": 50})
+    dy = upstream(outputs)
+    found = gradients(outputs, leaves, dy)
+    wanted = gradients(exact, exact_leaves, tuple(one.double() for one in dy))
+    assert_close(outputs[0], exact[0], "output", 3e-6)
+    for name, want in wanted.items():
+        assert_close(found[name], want, f"gradient of {name}", 3e-6)
+
+
+@pytest.mark.parametrize("where", ["q", "k", "v", "dy"])
+@pytest.mark.parametrize("operator", ["attention", "differential_attention"])
+def test_slices_let_nan_no_further(operator: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = _attention(operator)
+    dy = normal("dy", 1, LENGTH, 2, VALUES).float()
+    given = {**tensors, "dy": dy}
+    given.get(where, given.get(f"{where}1", dy))[:, 40, :, 3] = NAN
+    found = []
+    for width in (triton_problem._SLICE, 1024):
+        monkeypatch.setattr(triton_problem, "_SLICE", width)
+        leaves = {name: one.float().requires_grad_() for name, one in tensors.items()}
+        found.append(gradients(call(operator, "triton", leaves, {"window": 20}), leaves, (dy,)))
+    sliced, whole = found
+    assert any(one.isnan().any() for one in whole.values())
+    for name, want in whole.items():
+        assert torch.equal(sliced[name].isnan(), want.isnan()), name
+        assert_close(sliced[name].nan_to_num(), want.nan_to_num(), name, 1e-6)
+    assert sliced["v"][0, :20].isfinite().all()

@@ -21,15 +21,17 @@ from star_kernels.attention.triton_forward import sink_weight
 from star_kernels.attention.triton_tiles import (
     UNSPECIALISED,
     add_product,
-    finite,
+    bent,
     key_ranges,
     load,
+    load_finite,
     locate,
     multiply,
     num_tiles,
     query_ranges,
     scores,
     sees,
+    sliced_product,
     tile_start,
 )
 
@@ -62,7 +64,7 @@ def backward_queries(
     scale, MAPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, FLIP: tl.constexpr,
     SINKS: tl.constexpr, PACKED: tl.constexpr, RAGGED: tl.constexpr, PRECISE: tl.constexpr, ACC: tl.constexpr,
     D: tl.constexpr, E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    NATIVE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    NATIVE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """One program: dq of a tile of queries of one head, and delta (MAPS, B, H, T); `pull` is what the sink receives."""
     program = tl.program_id(0).to(tl.int64)
@@ -83,10 +85,11 @@ def backward_queries(
     MASK_E: tl.constexpr = E != BLOCK_E
     t = first_q + o_i
     row = (b * heads + h) * queries + t
-    p_q1 = q1 + b * q1_b + h * q1_h + t[:, None] * q1_t + o_d[None, :] * q1_d
-    b_q1 = load(p_q1, m_t[:, None], m_d[None, :], True, MASK_D)
-    p_do = do + b * do_b + h * do_h + t[:, None] * do_t + o_e[None, :] * do_e
-    b_do = load(p_do, m_t[:, None], m_e[None, :], True, MASK_E)
+    r_q1 = q1 + b * q1_b + h * q1_h + t[:, None] * q1_t
+    if SLICE >= BLOCK_D:
+        b_q1 = load(r_q1 + o_d[None, :] * q1_d, m_t[:, None], m_d[None, :], True, MASK_D)
+    r_do = do + b * do_b + h * do_h + t[:, None] * do_t
+    b_do = load(r_do + o_e[None, :] * do_e, m_t[:, None], m_e[None, :], True, MASK_E)
     top1 = tl.load(stats + row, mask=m_t, other=0.0)
     inverse1 = tl.load(stats + plane + row, mask=m_t, other=0.0)
     p_o = o + ((b * queries + t) * heads + h)[:, None] * E + o_e[None, :]
@@ -98,8 +101,9 @@ def backward_queries(
         sink = tl.load(sinks + h * sinks_h).to(ACC)
         tl.store(pull + row, -sink_weight(sink, top1, factor) * inverse1 * delta1, mask=m_t)
     if MAPS == 2:
-        p_q2 = q2 + b * q2_b + h * q2_h + t[:, None] * q2_t + o_d[None, :] * q2_d
-        b_q2 = load(p_q2, m_t[:, None], m_d[None, :], True, MASK_D)
+        r_q2 = q2 + b * q2_b + h * q2_h + t[:, None] * q2_t
+        if SLICE >= BLOCK_D:
+            b_q2 = load(r_q2 + o_d[None, :] * q2_d, m_t[:, None], m_d[None, :], True, MASK_D)
         top2 = tl.load(stats + 2 * plane + row, mask=m_t, other=0.0)
         inverse2 = tl.load(stats + 3 * plane + row, mask=m_t, other=0.0)
         b_o = load(p_o + plane * E, m_t[:, None], m_e[None, :], True, MASK_E).to(ACC)
@@ -123,22 +127,38 @@ def backward_queries(
             visible = held[None, :]
             if part == 0:
                 visible = sees(o_i[:, None], (start + o_j)[None, :], num_q, num_k, window, CAUSAL, WINDOW)
-            b_v = load(v + far * v_t + p_v, held[None, :], m_e[:, None], part == 0, MASK_E)
-            dp = multiply(b_do, b_v, tl.zeros([BLOCK_Q, BLOCK_K], ACC), NATIVE)
-            b_k1 = load(k1 + far * k1_t + p_k1, held[:, None], m_d[None, :], part == 0, MASK_D)
-            if part == 0:
-                b_k1, _ = finite(b_k1, ACC)
-            s = scores(b_q1, tl.trans(b_k1), bend, CAP, FLIP, NATIVE, ACC)
+            if SLICE < BLOCK_E:
+                r_v = v + (far + j64)[:, None] * v_t
+                dp = sliced_product(r_do, r_v, m_t, held, do_e, v_d, part == 0, E, SLICE, ACC)
+            else:
+                b_v = load(v + far * v_t + p_v, held[None, :], m_e[:, None], part == 0, MASK_E)
+                dp = multiply(b_do, b_v, tl.zeros([BLOCK_Q, BLOCK_K], ACC), NATIVE)
+            p_far1 = k1 + far * k1_t + p_k1
+            if SLICE < BLOCK_D:
+                r_k1 = k1 + (far + j64)[:, None] * k1_t
+                s = sliced_product(r_q1, r_k1, m_t, held, q1_d, k1_d, part == 0, D, SLICE, ACC)
+                s = bent(s, bend, CAP, FLIP)
+            else:
+                b_k1, _ = load_finite(p_far1, held[:, None], m_d[None, :], part == 0, MASK_D, ACC)
+                s = scores(b_q1, tl.trans(b_k1), bend, CAP, FLIP, NATIVE, ACC)
             p = _weights(s, top1[:, None], inverse1[:, None], visible, factor, part == 0)
             dz = _slopes(p, dp, delta1[:, None], s, visible, part == 0, CAP)
+            if SLICE < BLOCK_D:
+                b_k1, _ = load_finite(p_far1, held[:, None], m_d[None, :], part == 0, MASK_D, ACC)
             acc1 = add_product(acc1, dz, b_k1, PRECISE, NATIVE)
             if MAPS == 2:
-                b_k2 = load(k2 + far * k2_t + p_k2, held[:, None], m_d[None, :], part == 0, MASK_D)
-                if part == 0:
-                    b_k2, _ = finite(b_k2, ACC)
-                s = scores(b_q2, tl.trans(b_k2), bend, CAP, FLIP, NATIVE, ACC)
+                p_far2 = k2 + far * k2_t + p_k2
+                if SLICE < BLOCK_D:
+                    r_k2 = k2 + (far + j64)[:, None] * k2_t
+                    s = sliced_product(r_q2, r_k2, m_t, held, q2_d, k2_d, part == 0, D, SLICE, ACC)
+                    s = bent(s, bend, CAP, FLIP)
+                else:
+                    b_k2, _ = load_finite(p_far2, held[:, None], m_d[None, :], part == 0, MASK_D, ACC)
+                    s = scores(b_q2, tl.trans(b_k2), bend, CAP, FLIP, NATIVE, ACC)
                 p = _weights(s, top2[:, None], inverse2[:, None], visible, factor, part == 0)
                 dz = _slopes(p, dp, delta2[:, None], s, visible, part == 0, CAP)
+                if SLICE < BLOCK_D:
+                    b_k2, _ = load_finite(p_far2, held[:, None], m_d[None, :], part == 0, MASK_D, ACC)
                 acc2 = add_product(acc2, dz, b_k2, PRECISE, NATIVE)
 
     p_dq = ((b * queries + t) * heads + h)[:, None] * D + o_d[None, :]
@@ -156,7 +176,7 @@ def backward_keys(
     scale, MAPS: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, FLIP: tl.constexpr,
     PACKED: tl.constexpr, RAGGED: tl.constexpr, PRECISE: tl.constexpr, ACC: tl.constexpr, D: tl.constexpr,
     E: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
-    NATIVE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    NATIVE: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SLICE: tl.constexpr,
 ):  # fmt: skip
     """One program: dk and dv of a tile of keys of one key head, over its query heads in order. Tiles are transposed."""
     program = tl.program_id(0).to(tl.int64)
@@ -175,15 +195,18 @@ def backward_keys(
     MASK_D: tl.constexpr = D != BLOCK_D
     MASK_E: tl.constexpr = E != BLOCK_E
     t = first_k + o_j
-    p_k1 = k1 + b * k1_b + key_head * k1_h + t[:, None] * k1_t + o_d[None, :] * k1_d
-    b_k1 = load(p_k1, m_j[:, None], m_d[None, :], True, MASK_D)
-    p_v = v + b * v_b + key_head * v_h + t[:, None] * v_t + o_e[None, :] * v_d
-    b_v = load(p_v, m_j[:, None], m_e[None, :], True, MASK_E)
+    r_k1 = k1 + b * k1_b + key_head * k1_h + t[:, None] * k1_t
+    if SLICE >= BLOCK_D:
+        b_k1 = load(r_k1 + o_d[None, :] * k1_d, m_j[:, None], m_d[None, :], True, MASK_D)
+    r_v = v + b * v_b + key_head * v_h + t[:, None] * v_t
+    if SLICE >= BLOCK_E:
+        b_v = load(r_v + o_e[None, :] * v_d, m_j[:, None], m_e[None, :], True, MASK_E)
     acc1 = tl.zeros([BLOCK_K, BLOCK_D], ACC)
     acc_v = tl.zeros([BLOCK_K, BLOCK_E], ACC)
     if MAPS == 2:
-        p_k2 = k2 + b * k2_b + key_head * k2_h + t[:, None] * k2_t + o_d[None, :] * k2_d
-        b_k2 = load(p_k2, m_j[:, None], m_d[None, :], True, MASK_D)
+        r_k2 = k2 + b * k2_b + key_head * k2_h + t[:, None] * k2_t
+        if SLICE >= BLOCK_D:
+            b_k2 = load(r_k2 + o_d[None, :] * k2_d, m_j[:, None], m_d[None, :], True, MASK_D)
         acc2 = tl.zeros([BLOCK_K, BLOCK_D], ACC)
     i64 = o_i.to(tl.int64)
     p_q1 = i64[:, None] * q1_t + o_d[None, :] * q1_d
@@ -208,33 +231,52 @@ def backward_keys(
                 visible = held[None, :]
                 if part == 0:
                     visible = sees((start + o_i)[None, :], o_j[:, None], num_q, num_k, window, CAUSAL, WINDOW)
-                b_q1 = load(own_q1 + far * q1_t + p_q1, held[:, None], m_d[None, :], part == 0, MASK_D)
-                if part == 0:
-                    b_q1, _ = finite(b_q1, ACC)
+                p_far1 = own_q1 + far * q1_t + p_q1
+                if SLICE >= BLOCK_D:
+                    b_q1, _ = load_finite(p_far1, held[:, None], m_d[None, :], part == 0, MASK_D, ACC)
                 top1 = tl.load(stats + row, mask=held, other=0.0)
                 inverse1 = tl.load(stats + plane + row, mask=held, other=0.0)
-                s = scores(b_k1, tl.trans(b_q1), bend, CAP, FLIP, NATIVE, ACC)
+                if SLICE < BLOCK_D:
+                    r_q1 = own_q1 + (far + i64)[:, None] * q1_t
+                    s = sliced_product(r_k1, r_q1, m_j, held, k1_d, q1_d, part == 0, D, SLICE, ACC)
+                    s = bent(s, bend, CAP, FLIP)
+                else:
+                    s = scores(b_k1, tl.trans(b_q1), bend, CAP, FLIP, NATIVE, ACC)
                 p1 = _weights(s, top1[None, :], inverse1[None, :], visible, factor, part == 0)
-                b_do = load(own_do + far * do_t + p_do, held[:, None], m_e[None, :], part == 0, MASK_E)
-                if part == 0:
-                    b_do, poison = finite(b_do, ACC)
-                dp = multiply(b_v, tl.trans(b_do), tl.zeros([BLOCK_K, BLOCK_Q], ACC), NATIVE)
+                p_far = own_do + far * do_t + p_do
+                if SLICE < BLOCK_E:
+                    r_do = own_do + (far + i64)[:, None] * do_t
+                    dp = sliced_product(r_v, r_do, m_j, held, v_d, do_e, part == 0, E, SLICE, ACC)
+                else:
+                    b_do, poison = load_finite(p_far, held[:, None], m_e[None, :], part == 0, MASK_E, ACC)
+                    dp = multiply(b_v, tl.trans(b_do), tl.zeros([BLOCK_K, BLOCK_Q], ACC), NATIVE)
                 delta1 = tl.load(delta + row, mask=held, other=0.0)
                 dz = _slopes(p1, dp, delta1[None, :], s, visible, part == 0, CAP)
+                if SLICE < BLOCK_D:
+                    b_q1, _ = load_finite(p_far1, held[:, None], m_d[None, :], part == 0, MASK_D, ACC)
                 acc1 = add_product(acc1, dz, b_q1, PRECISE, NATIVE)
                 weights = p1
                 if MAPS == 2:
-                    b_q2 = load(own_q2 + far * q2_t + p_q2, held[:, None], m_d[None, :], part == 0, MASK_D)
-                    if part == 0:
-                        b_q2, _ = finite(b_q2, ACC)
+                    p_far2 = own_q2 + far * q2_t + p_q2
+                    if SLICE >= BLOCK_D:
+                        b_q2, _ = load_finite(p_far2, held[:, None], m_d[None, :], part == 0, MASK_D, ACC)
                     top2 = tl.load(stats + 2 * plane + row, mask=held, other=0.0)
                     inverse2 = tl.load(stats + 3 * plane + row, mask=held, other=0.0)
-                    s = scores(b_k2, tl.trans(b_q2), bend, CAP, FLIP, NATIVE, ACC)
+                    if SLICE < BLOCK_D:
+                        r_q2 = own_q2 + (far + i64)[:, None] * q2_t
+                        s = sliced_product(r_k2, r_q2, m_j, held, k2_d, q2_d, part == 0, D, SLICE, ACC)
+                        s = bent(s, bend, CAP, FLIP)
+                    else:
+                        s = scores(b_k2, tl.trans(b_q2), bend, CAP, FLIP, NATIVE, ACC)
                     p2 = _weights(s, top2[None, :], inverse2[None, :], visible, factor, part == 0) * share
                     delta2 = tl.load(delta + plane + row, mask=held, other=0.0)
                     dz = _slopes(p2, dp, delta2[None, :], s, visible, part == 0, CAP)
+                    if SLICE < BLOCK_D:
+                        b_q2, _ = load_finite(p_far2, held[:, None], m_d[None, :], part == 0, MASK_D, ACC)
                     acc2 = add_product(acc2, dz, b_q2, PRECISE, NATIVE)
                     weights -= p2
+                if SLICE < BLOCK_E:
+                    b_do, poison = load_finite(p_far, held[:, None], m_e[None, :], part == 0, MASK_E, ACC)
                 if part == 0:
                     weights = tl.where(visible, weights + poison[None, :], 0.0)
                 acc_v = add_product(acc_v, weights, b_do, PRECISE, NATIVE)

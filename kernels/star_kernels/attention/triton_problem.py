@@ -95,12 +95,19 @@ class Problem:
 
     def tiles(self, kind: str) -> dict[str, Any]:
         """Return the default tile and how it is run; `kind` is "forward", "queries" or "keys"."""
-        width = next_power_of_2(max(self.q[0].shape[3], self.v.shape[3]), 16)
-        size, maps, width = self.v.element_size(), len(self.q), max(64, min(width, 512))
-        kinds = _FLOAT32.get((gpu_of(self.v).matrix, maps, width)) if size == 4 else None
+        widest, gpu = next_power_of_2(max(self.q[0].shape[3], self.v.shape[3]), 16), gpu_of(self.v)
+        size, maps, width = self.v.element_size(), len(self.q), max(64, min(widest, 512))
+        kinds = _FLOAT32.get((gpu.matrix, maps, width)) if size == 4 else None
         block_q, block_k, warps, stages = (kinds or _TILES[size, maps, width])[_KINDS.index(kind)]
-        return {"BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
+        tiles = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
+        if kind != "forward":
+            tiles["SLICE"] = _SLICE if size >= 4 and width >= 128 and gpu.units != "native" else widest
+        return tiles
 
+
+# Channels of a float32 factor's three parts that the backward holds at once where heads are wide: of 128, every warp
+# would hold 96 registers a thread for 16 rows, and twice that for two factors.
+_SLICE = 32
 
 # Queries and keys of a tile, warps and stages, forward, for dq, and for dk and dv; by bytes of an element (8 is the
 # interpreter's alone), maps, and the widest of D and E. Factors of float32 take more registers than those of 16 bits,
@@ -123,10 +130,14 @@ _TILES: dict[tuple[int, int, int], tuple[tuple[int, int, int, int], ...]] = {
 # Those of float32 that depend on the matrix instruction: by `Gpu.matrix`, maps, and the widest of D and E.
 _FLOAT32: dict[tuple[str, int, int], tuple[tuple[int, int, int, int], ...]] = {
     ("mma.sync", 1, 64): ((64, 16, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
-    ("mma.sync", 1, 128): ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)),
+    ("mma.sync", 1, 128): ((32, 16, 8, 1), (64, 32, 8, 1), (16, 64, 8, 1)),
+    ("mma.sync", 2, 128): ((16, 16, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
     ("wgmma", 1, 64): ((64, 16, 4, 1), (64, 16, 4, 1), (16, 64, 8, 1)),
+    ("wgmma", 1, 128): ((16, 32, 8, 1), (64, 32, 8, 1), (16, 32, 8, 1)),
+    ("wgmma", 2, 128): ((16, 16, 8, 1), (64, 32, 8, 1), (16, 32, 8, 1)),
     ("tcgen05", 1, 64): ((128, 32, 8, 2), (64, 32, 8, 2), (16, 64, 8, 1)),
-    **{(matrix, 1, 128): ((16, 32, 8, 1), (16, 16, 8, 1), (16, 16, 4, 1)) for matrix in ("wgmma", "tcgen05")},
+    ("tcgen05", 1, 128): ((16, 32, 8, 1), (128, 32, 8, 1), (32, 64, 8, 1)),
+    ("tcgen05", 2, 128): ((16, 16, 8, 1), (128, 32, 8, 1), (16, 64, 8, 1)),
 }
 _KINDS = ("forward", "queries", "keys")
 

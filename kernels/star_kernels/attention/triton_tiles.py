@@ -70,6 +70,16 @@ def load(pointer, tokens, channels, SOME_TOKENS: tl.constexpr, SOME_CHANNELS: tl
 
 
 @triton.jit
+def load_finite(pointer, tokens, channels, EDGE: tl.constexpr, SOME_CHANNELS: tl.constexpr, ACC: tl.constexpr):
+    """Load a tile; where the mask crosses it, as `finite` with what that returns."""
+    tile = load(pointer, tokens, channels, EDGE, SOME_CHANNELS)
+    if EDGE:
+        return finite(tile, ACC)
+    else:
+        return tile, tokens
+
+
+@triton.jit
 def sees(i, j, num_q, num_k, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr):
     """Return which queries i see which keys j; the two broadcast to the wanted shape."""
     visible = (i < num_q) & (j < num_k)
@@ -161,12 +171,37 @@ def multiply(a, b, acc, NATIVE: tl.constexpr):
 @triton.jit
 def scores(a, b, bend, CAP: tl.constexpr, FLIP: tl.constexpr, NATIVE: tl.constexpr, ACC: tl.constexpr):
     """Return the scores of a [M, D] against b [D, N]: products, capped, or with the sign of a negative scale."""
-    s = multiply(a, b, tl.zeros([a.shape[0], b.shape[1]], ACC), NATIVE)
+    return bent(multiply(a, b, tl.zeros([a.shape[0], b.shape[1]], ACC), NATIVE), bend, CAP, FLIP)
+
+
+@triton.jit
+def bent(s, bend, CAP: tl.constexpr, FLIP: tl.constexpr):
+    """Return the scores of products, as `scores` does."""
     if CAP:
         s = tanh(s * bend)
     if FLIP:
         s = -s
     return s
+
+
+@triton.jit
+def sliced_product(
+    a, b, rows_a, rows_b, a_step, b_step, SOME_ROWS: tl.constexpr, WIDTH: tl.constexpr, SLICE: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Return the products of the rows that a [M, 1] points at with those of b [N, 1], SLICE channels at a time.
+
+    Both are loaded as they are needed, and are not held: of a float32 factor [16, 128] in three parts every warp holds
+    96 registers a thread. Rows of a past `rows_a` are zeros, those of b with SOME_ROWS alone.
+    """
+    acc = tl.zeros([a.shape[0], b.shape[0]], ACC)
+    for at in tl.range(0, WIDTH, SLICE):
+        o = (at + tl.arange(0, SLICE))[None, :]
+        some: tl.constexpr = WIDTH % SLICE != 0
+        b_a = load(a + o * a_step, rows_a[:, None], o < WIDTH, True, some)
+        b_b = load(b + o * b_step, rows_b[:, None], o < WIDTH, SOME_ROWS, some)
+        acc = product(b_a, b_b, acc, B_TURNED=True)
+    return acc
 
 
 @triton.jit

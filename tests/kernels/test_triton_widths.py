@@ -126,3 +126,17 @@ def test_slices_let_nan_no_further(operator: str, where: str, monkeypatch: pytes
         assert torch.equal(sliced[name].isnan(), want.isnan()), name
         assert_close(sliced[name].nan_to_num(), want.nan_to_num(), name, 1e-6)
     assert sliced["v"][0, :20].isfinite().all()
+
+
+def test_a_step_of_a_long_convolution_over_many_parts() -> None:
+    """A history of 400 tokens is four parts of 128, of which two are added at once."""
+    case = {
+        "state": normal("state", 2, 400, 40),
+        "x": normal("x", 2, 40),
+        "filter": normal("filter", 40, 450),
+        "gate_out": normal("gate_out", 2, 40),
+        "skip": normal("skip", 40),
+    }
+    found, wanted = (call("long_conv_step", backend, case, {}) for backend in ("triton", "reference"))
+    for index, (one, want) in enumerate(zip(found, wanted, strict=True)):
+        assert_close(one, want, f"output {index}", 1e-12)

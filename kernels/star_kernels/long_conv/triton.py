@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from star_kernels._operands import given, like, sequences_of, strides, wide
-from star_kernels._triton import gpu_of, launch, triton_operator
+from star_kernels._triton import gpu_of, interpreting, launch, triton_operator
 from star_kernels._triton_math import accumulator, next_power_of_2
 from star_kernels.long_conv.triton_kernels import (
     add_token,
@@ -33,6 +33,7 @@ from star_kernels.long_conv.triton_kernels import (
 _BLOCK = 64  # tokens of a block
 _TILE = 32  # tokens and channels that one program turns
 _STEP_TOKENS, _STEP_CHANNELS = 128, 32  # what one program of a step reads of the history
+_STEP_PARTS = 2 if interpreting() else 16  # sums of such programs that the second kernel of a step loads at once
 
 
 def _turned(x: Tensor, gate: Tensor | None) -> Tensor:
@@ -177,7 +178,7 @@ def _long_conv_step(
     launch(
         add_token, (batch * blocks,), sums, x, filter, gate_in, gate_out, skip, y, new_state, channels, kept, parts,
         blocks, *x.stride(), filter.stride(0), *strides(gate_in, 2), *strides(gate_out, 2), *strides(skip, 1),
-        ACC=accumulator(x), CHANNELS=_STEP_CHANNELS, num_warps=1,
+        ACC=accumulator(x), CHANNELS=_STEP_CHANNELS, PARTS=_STEP_PARTS, num_warps=1,
     )  # fmt: skip
     return y, new_state
 

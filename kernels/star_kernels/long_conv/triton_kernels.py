@@ -286,7 +286,7 @@ def read_history(
 def add_token(
     sums, x, taps, gate_in, gate_out, skip, y, new_state, channels, kept, parts, blocks_d, x_batch, x_channel,
     taps_channel, gate_in_batch, gate_in_channel, gate_out_batch, gate_out_channel, skip_step,
-    ACC: tl.constexpr, CHANNELS: tl.constexpr,
+    ACC: tl.constexpr, CHANNELS: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """One program: the outputs of some channels from the sums over their history, and the new state's last token."""
     program = tl.program_id(0).to(tl.int64)
@@ -296,8 +296,10 @@ def add_token(
     if gate_in is not None:
         u *= tl.load(gate_in + batch * gate_in_batch + d * gate_in_channel, mask=inside, other=0.0).to(ACC)
     out = tl.load(taps + d * taps_channel, mask=inside, other=0.0).to(ACC) * u
-    for part in range(parts):
-        out += tl.load(sums + (batch * parts + part) * channels + d, mask=inside, other=0.0)
+    for start in range(0, parts, PARTS):
+        part = start + tl.arange(0, PARTS)[:, None]
+        m_part = (part < parts) & inside[None, :]
+        out += tl.sum(tl.load(sums + (batch * parts + part) * channels + d[None, :], mask=m_part, other=0.0), 0)
     if skip is not None:
         out += tl.load(skip + d * skip_step, mask=inside, other=0.0).to(ACC) * u
     if gate_out is not None:

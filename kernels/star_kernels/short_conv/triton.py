@@ -21,7 +21,6 @@ from star_kernels.short_conv.triton_kernels import conv_backward, conv_forward, 
 # Segments of a chunk, and tokens of a segment. At 8 tokens and W = 4, 11 rows are read for 8. The backward holds more
 # of a token: 4 of them with 8 channels a thread spill on sm_90.
 _FORWARD, _BACKWARD = ((4, 4), (4, 3)) if interpreting() else ((16, 8), (32, 3))
-_STEP_BLOCK = 256
 
 
 def _slots(x: Tensor, cu_seqlens: Tensor | None, shape: tuple[int, int]) -> tuple[int, int, int]:
@@ -34,13 +33,18 @@ def _slots(x: Tensor, cu_seqlens: Tensor | None, shape: tuple[int, int]) -> tupl
     return 1, sequences, x.shape[1] // chunk + sequences if sequences else 0
 
 
+def _lanes(x: Tensor) -> int:
+    """Return the threads of a warp."""
+    return 64 if gpu_of(x).backend == "hip" else 32
+
+
 def _program(x: Tensor, shape: tuple[int, int]) -> dict[str, Any]:
     """Return how a program is shared out: 16 bytes of each of a segment's tokens for each of 128 threads."""
     return {
         "SEGMENTS": shape[0],
         "TOKENS": shape[1],
         "BLOCK": min(next_power_of_2(x.shape[-1], 16), 128 * 16 // (x.element_size() * shape[0])),
-        "num_warps": 2 if gpu_of(x).backend == "hip" else 4,
+        "num_warps": 128 // _lanes(x),
     }
 
 
@@ -120,14 +124,14 @@ def _conv_step(
 ) -> tuple[Tensor, Tensor]:
     y, new = _fake_step(state, x, gate_in, gate_out, weight, bias, silu)
     width, taps = weight.shape
-    block = min(next_power_of_2(width, 16), _STEP_BLOCK)
+    block = min(next_power_of_2(width, 16), _lanes(x) * 16 // x.element_size())
     blocks = triton.cdiv(width, block)
     launch(
         conv_step, (x.shape[0] * blocks,),
         state, x, either(gate_in, x), either(gate_out, x), weight, either(bias, x), y, new, width,
         blocks, *state.stride(), *x.stride(), *strides(gate_in, 2), *strides(gate_out, 2), *weight.stride(),
         *strides(bias, 1), GATED=gate_in is not None, SILU=silu, BIAS=bias is not None, WIDTH=taps,
-        ACC=accumulator(x), BLOCK=block, num_warps=2,
+        ACC=accumulator(x), BLOCK=block, num_warps=1,
     )  # fmt: skip
     return y, new
 

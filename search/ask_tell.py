@@ -128,7 +128,7 @@ class AskTell(Optimizer):  # type: ignore[misc]  # nevergrad ships no types
         self._in_flight: dict[str, tuple[int, ng.p.Parameter]] = {}
         self._telling = (np.zeros(0), 0.0, 0)  # losses, violation and tier of the candidate that is being told
         self._next_order = 0
-        self._front: list[Told] = []
+        self._archive: nsga2.Archive[Told] = nsga2.Archive(num_objectives)
         self._discarded = 0
         self._bred = 0
         self._repaired = 0
@@ -140,10 +140,11 @@ class AskTell(Optimizer):  # type: ignore[misc]  # nevergrad ships no types
         Not all of them are in the population: it has `population_size` places, and with four or five objectives a
         search finds more.
         """
-        losses = stack(self._front, self.num_objectives)
-        ranks = np.zeros(len(self._front), dtype=np.int64)
+        front = self._sorted_front()
+        losses = stack(front, self.num_objectives)
+        ranks = np.zeros(len(front), dtype=np.int64)
         everyone = nsga2.Survivors(np.arange(len(ranks)), ranks, nsga2.crowding_by_front(losses, ranks))
-        return members_of(self._front, everyone)
+        return members_of(front, everyone)
 
     def pareto_front(self, size: int | None = None) -> list[ng.p.Parameter]:
         """Return the candidates of `front`, or the `size` of them that are spread most evenly.
@@ -151,10 +152,14 @@ class AskTell(Optimizer):  # type: ignore[misc]  # nevergrad ships no types
         Raises:
             ValueError: `size` below 1.
         """
-        if size is None or not self._front:
-            return [told.candidate for told in self._front]
-        kept = nsga2.survive(stack(self._front, self.num_objectives), size).indices
-        return [self._front[i].candidate for i in kept]
+        front = self._sorted_front()
+        if size is None or not front:
+            return [told.candidate for told in front]
+        kept = nsga2.survive(stack(front, self.num_objectives), size).indices
+        return [front[i].candidate for i in kept]
+
+    def _sorted_front(self) -> list[Told]:
+        return sorted(self._archive.items, key=lambda told: told.order)
 
     @property
     def in_flight(self) -> list[ng.p.Parameter]:
@@ -278,13 +283,8 @@ class AskTell(Optimizer):  # type: ignore[misc]  # nevergrad ships no types
         order = self._in_flight.pop(candidate.uid)[0] if candidate.uid in self._in_flight else self._take_order()
         told = Told(order, candidate, *self._telling)
         self._take_in(told)
-        if told.violation or told.tier:
-            return
-        losses = stack(self._front, self.num_objectives)
-        if not nsga2.dominate(losses, told.losses[None]).any():
-            beaten = nsga2.dominate(told.losses[None], losses)
-            kept = [other for other, out in zip(self._front, beaten, strict=True) if not out]
-            self._front = sorted([*kept, told], key=lambda other: other.order)
+        if not told.violation and not told.tier:
+            self._archive.add(told.losses, [told])
 
     def _preprocess_multiobjective(self, candidate: ng.p.Parameter) -> float:
         """Keep nevergrad from building its own front: it would hold every candidate ever told, unfiltered."""

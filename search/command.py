@@ -18,7 +18,7 @@ from search.data import Corpus, DataError, load_corpus
 from search.driver import search
 from search.optimizers import make_optimizer
 from search.ranking import Ranking, Term
-from search.report import print_front, write_report
+from search.report import LiveReport, print_front
 from search.report_metrics import format_seconds
 from search.result_cache import ResultCache
 from search.settings import OBJECTIVES, OPTIMIZERS, PRESETS, RUNG_FACTOR, Settings, SettingsError, nearest
@@ -285,9 +285,11 @@ def _go(settings: Settings, store: Store, corpus: Corpus, console: Console) -> N
         highlight=False,
     )
 
+    report = LiveReport(store.root)
+
     def on_generation() -> None:
         store.keep_front(settings.ranking)
-        write_report(store.root)
+        report.update()
 
     workers = make_workers(settings.workers)
     try:
@@ -295,6 +297,7 @@ def _go(settings: Settings, store: Store, corpus: Corpus, console: Console) -> N
             search(settings, store, workers, view, on_generation)
     finally:
         workers.close()
+    report.write()
     print_front(store.root, console)
     console.print(_gain(store.evaluations(), settings.ranking), highlight=False)
     console.print(

@@ -13,7 +13,7 @@ from rich.table import Table
 from search.report_data import CURVE_POINTS, Run, box_of
 from search.report_metrics import Column, column_for, format_seconds
 from search.settings import RUNG_FACTOR
-from search.store import Evaluation, Status, front_of
+from search.store import Evaluation, Front, Status
 
 _COLOURS = ("#1f6fd6", "#c2410c", "#15803d", "#7a3fb5", "#b3902a", "#a63a4f", "#0f8b8d", "#66758f")
 
@@ -57,11 +57,11 @@ def compare_runs(runs: Sequence[Run]) -> list[Standing]:
         trained = [c for c in run.candidates if c.status is not Status.OVER_BUDGET]
         scored = {id(c) for c in run.scored}
         points = min(CURVE_POINTS, len(trained))
-        curve, front, tokens, done = [], list[Evaluation](), 0, 0
+        curve, front, tokens, done = [], Front(run.ranking), 0, 0
         for count in ((point + 1) * len(trained) // points for point in range(points)):
             tokens += sum(_tokens(run, candidate) for candidate in trained[done:count])
-            front = front_of([*front, *(c for c in trained[done:count] if id(c) in scored)], run.ranking)
-            curve.append((tokens, box.volume(front)))
+            front.update(c for c in trained[done:count] if id(c) in scored)
+            curve.append((tokens, box.volume(front.members())))
             done = count
         found.append(
             Standing(

@@ -13,7 +13,9 @@ IEEE CEC 2006). Constraints enter as violations, by constraint domination (Deb e
 Losses are an array [points, objectives], fp64, finite, every objective minimised.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import moocore
 import numpy as np
@@ -21,6 +23,8 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+_ONE_BY_ONE = 64  # up to so many points an archive compares each with all at once: 30 us for each of 1,000 it holds
+Item = TypeVar("Item")
 Rng = np.random.RandomState | np.random.Generator
 
 
@@ -282,6 +286,41 @@ def non_dominated(losses: npt.ArrayLike) -> npt.NDArray[np.bool_]:
         ValueError: as `check_losses`.
     """
     return np.asarray(moocore.is_nondominated(check_losses(losses), keep_weakly=True), dtype=np.bool_)
+
+
+class Archive(Generic[Item]):
+    """The non-dominated of all points so far, with what they stand for; points with equal losses all stay.
+
+    Args:
+        num_objectives: Losses of each point.
+    """
+
+    def __init__(self, num_objectives: int) -> None:
+        self.losses = np.zeros((0, num_objectives))
+        self.items: list[Item] = []
+
+    def add(self, losses: npt.ArrayLike, items: Sequence[Item]) -> None:
+        """Take in points, [points, objectives], and what they stand for, one each.
+
+        Raises:
+            ValueError: as `check_losses`.
+        """
+        points = check_losses(np.reshape(np.asarray(losses, dtype=np.float64), (-1, self.losses.shape[1])))
+        if len(points) > _ONE_BY_ONE:
+            everything, everyone = np.concatenate([self.losses, points]), [*self.items, *items]
+            kept = non_dominated(everything)
+            self.losses = everything[kept]
+            self.items = [item for item, keep in zip(everyone, kept, strict=True) if keep]
+            return
+        for point, item in zip(points, items, strict=True):
+            if dominate(self.losses, point).any():
+                continue
+            beaten = dominate(point, self.losses)
+            if beaten.any():
+                self.losses = self.losses[~beaten]
+                self.items = [item for item, out in zip(self.items, beaten, strict=True) if not out]
+            self.losses = np.concatenate([self.losses, point[None]])
+            self.items.append(item)
 
 
 def hypervolume(points: npt.ArrayLike, reference: npt.ArrayLike) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from search.report_scatter import write_front_image
 from search.report_table import FrontRow, rows_of, terminal_table
 from search.store import sentence_without_front
 
-__all__ = ["FrontRow", "front_table", "print_front", "write_front_image", "write_report"]
+__all__ = ["FrontRow", "LiveReport", "front_table", "print_front", "write_front_image", "write_report"]
 
 
 def write_report(run_dir: Path) -> Path:
@@ -43,6 +44,31 @@ def write_report(run_dir: Path) -> Path:
     partial.write_text(render_page(run), encoding="utf-8")
     partial.replace(path)
     return path
+
+
+class LiveReport:
+    """Keeps `report.html` of a running search up to date without holding the search up.
+
+    Args:
+        run_dir: The run folder.
+        share: Part of the search's time that may go into writing the page, 0 to 1.
+    """
+
+    def __init__(self, run_dir: Path, share: float = 0.05) -> None:
+        self.run_dir, self.share = run_dir, share
+        self._next = time.monotonic()
+
+    def update(self) -> None:
+        """Write the page, unless it was written a short while ago for what that took."""
+        if time.monotonic() >= self._next:
+            self.write()
+
+    def write(self) -> None:
+        """Write the page."""
+        started = time.monotonic()
+        write_report(self.run_dir)
+        ended = time.monotonic()
+        self._next = ended + (ended - started) / self.share
 
 
 def front_table(run_dir: Path) -> list[FrontRow]:

@@ -10,26 +10,28 @@ import math
 import re
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
-from search.nsga2 import FloatArray, hypervolume
+from search.box import Box
+from search.nsga2 import FloatArray
 from search.ranking import Ranking
-from search.report_metrics import needs_log_axis
 from search.settings import RUNG_FACTOR
-from search.store import Evaluation, Status, front_of, is_feasible, read_evaluations
+from search.store import Evaluation, Front, Status, front_of, is_feasible, read_curves, read_evaluations
 
-BoolArray = npt.NDArray[np.bool_]
-# The reference point lies a tenth of the box outside it, so that the extreme members of a front count too.
-REFERENCE_MARGIN = 1.1
-
+Item = TypeVar("Item")
 CURVE_POINTS = 100
+
+# A page that a browser opens at once has about so much in it.
+MOST_GENERATIONS = 200
+MOST_MEMBERS = 200
+MOST_DRAWN = 3000
 
 
 @dataclass(frozen=True)
@@ -49,12 +51,12 @@ class Run:
         """Tell whether the evaluation succeeded and has a number for every objective."""
         return evaluation.status is Status.OK and all(name in evaluation.metrics for name in self.objectives)
 
-    @property
+    @cached_property
     def ranking(self) -> Ranking:
         """How the run compares its candidates."""
         return Ranking.from_config(self.config)
 
-    @property
+    @cached_property
     def scored(self) -> tuple[Evaluation, ...]:
         """The candidates with a number for every objective that trained to the end and keep the budget."""
         ranking = self.ranking
@@ -72,15 +74,36 @@ class Run:
         ended = (c for c in self.candidates if c.status is Status.OK and not ranking.tier(len(c.rungs)))
         return sum(ranking.violation(c.metrics) > 0 for c in ended)
 
-    @property
+    @cached_property
     def scored_baselines(self) -> tuple[Evaluation, ...]:
         """The baselines with a number for every objective."""
         return tuple(baseline for baseline in self.baselines if self.is_scored(baseline))
 
-    @property
+    @cached_property
     def generations(self) -> tuple[int, ...]:
         """The generations that the log holds, in order."""
         return tuple(sorted({candidate.generation for candidate in self.candidates}))
+
+    @cached_property
+    def shown_generations(self) -> tuple[int, ...]:
+        """The generations that figures show: all, or `MOST_GENERATIONS` from the first to the last."""
+        return tuple(thin(self.generations, MOST_GENERATIONS))
+
+    @cached_property
+    def shown_front(self) -> tuple[tuple[int, Evaluation], ...]:
+        """The members of the front that are listed and drawn, with their numbers: all, or `MOST_MEMBERS` of them."""
+        return tuple(thin([*enumerate(self.front, start=1)], MOST_MEMBERS))
+
+    @cached_property
+    def drawn(self) -> tuple[Evaluation, ...]:
+        """The candidates that figures draw beside the front: all that are scored, or `MOST_DRAWN` of them."""
+        members = {member.genome_hash for member in self.front}
+        return tuple(thin([c for c in self.scored if c.genome_hash not in members], MOST_DRAWN))
+
+    @cached_property
+    def by_hash(self) -> Mapping[str, Evaluation]:
+        """Every candidate and baseline by its genome's hash."""
+        return {evaluation.genome_hash: evaluation for evaluation in (*self.baselines, *self.candidates)}
 
 
 @dataclass(frozen=True)
@@ -120,7 +143,8 @@ def read_run(run_dir: Path) -> Run:
         raise ValueError(
             f"run_dir: {run_dir / 'config.json'} needs a list of two or more 'objectives', got {objectives}"
         )
-    rows = _read_evaluations(run_dir / "run.db")
+    with _opened(run_dir / "run.db") as log:
+        rows = [replace(row, metrics=_numbers(row.metrics)) for row in read_evaluations(log, curves=False)]
     run = Run(
         directory=run_dir,
         config=config,
@@ -129,52 +153,20 @@ def read_run(run_dir: Path) -> Run:
         baselines=tuple(row for row in rows if row.kind == "baseline"),
         front=(),
     )
+    with _opened(run_dir / "run.db") as log:
+        run = replace(run, baselines=tuple(read_curves(log, run.baselines)))
     front_path = run_dir / "front.json"
     entries = _read_json(front_path) if front_path.exists() else None
     members = front_of(run.scored, run.ranking) if entries is None else _front_from_file(front_path, entries, run)
     first = run.objectives[0]
+    members = sorted(members, key=lambda member: (member.metrics[first], member.genome_hash))
+    with _opened(run_dir / "run.db") as log:
+        members = read_curves(log, members)
     return replace(
         run,
-        front=tuple(sorted(members, key=lambda member: (member.metrics[first], member.genome_hash))),
+        front=tuple(members),
         finals={entry["genome_hash"]: entry["final"] for entry in entries or () if "final" in entry},
     )
-
-
-@dataclass(frozen=True)
-class Box:
-    """What hypervolume is measured in: `low` and `high`, [objectives], each linear or a logarithm.
-
-    The reference point lies a tenth of the box beyond `high`.
-    """
-
-    objectives: tuple[str, ...]
-    log_scaled: BoolArray
-    low: FloatArray
-    high: FloatArray
-
-    @property
-    def _span(self) -> FloatArray:
-        return np.where(self.high > self.low, self.high - self.low, 1.0)
-
-    @property
-    def ideal(self) -> dict[str, float]:
-        """The best value of each objective."""
-        return dict(zip(self.objectives, _unbend(self.low[None], self.log_scaled)[0].tolist(), strict=True))
-
-    @property
-    def reference(self) -> dict[str, float]:
-        """The reference point."""
-        point = _unbend((self.low + REFERENCE_MARGIN * self._span)[None], self.log_scaled)[0]
-        return dict(zip(self.objectives, point.tolist(), strict=True))
-
-    def volume(self, members: Sequence[Evaluation]) -> float:
-        """Return the share of the space up to the reference point that the members dominate."""
-        if not members:
-            return 0.0
-        # Only points inside the box count, and clipping below cannot happen: `low` is the best value there is.
-        points = (_bend(_matrix(members, self.objectives), self.log_scaled) - self.low) / self._span
-        reference = np.full(len(self.objectives), REFERENCE_MARGIN)
-        return hypervolume(points, reference) / REFERENCE_MARGIN ** len(self.objectives)
 
 
 def box_of(runs: Sequence[Run]) -> Box:
@@ -201,10 +193,7 @@ def box_of(runs: Sequence[Run]) -> Box:
             corners += run.scored_baselines
     if not corners:
         raise ValueError("runs: no candidate has succeeded yet")
-    points = _matrix(corners, objectives)
-    log_scaled = np.array([needs_log_axis(column.tolist()) for column in points.T])
-    bent = _bend(points, log_scaled)
-    return Box(objectives, log_scaled, bent.min(axis=0), bent.max(axis=0))
+    return Box.around(corners, objectives)
 
 
 def follow_progress(run: Run) -> Progress | None:
@@ -213,15 +202,20 @@ def follow_progress(run: Run) -> Progress | None:
     scored, objectives = run.scored, run.objectives
     if not scored:
         return None
-    generations = run.generations
+    generations = run.shown_generations
     box = box_of([run])
     volume = box.volume
-    by_generation = {
-        generation: [member for member in scored if member.generation == generation] for generation in generations
-    }
+    by_generation: dict[int, list[Evaluation]] = {generation: [] for generation in run.generations}
+    for member in scored:
+        by_generation[member.generation].append(member)
+    front, volumes = Front(run.ranking), []
+    for generation in run.generations:
+        front.update(by_generation[generation])
+        if generation in generations:
+            volumes.append(volume(front.members()))
     return Progress(
         generations=generations,
-        hypervolume=tuple(volume([m for m in scored if m.generation <= generation]) for generation in generations),
+        hypervolume=tuple(volumes),
         baseline_hypervolume=volume(run.scored_baselines) if run.scored_baselines else None,
         ideal=box.ideal,
         reference=box.reference,
@@ -241,10 +235,10 @@ def _by_evaluation(run: Run, volume: Callable[[Sequence[Evaluation]], float]) ->
     trained = [candidate for candidate in run.candidates if candidate.status is not Status.OVER_BUDGET]
     scored = {id(candidate) for candidate in run.scored}
     points = min(CURVE_POINTS, len(trained))
-    curve, front, done = [], list[Evaluation](), 0
+    curve, front, done = [], Front(run.ranking), 0
     for count in ((point + 1) * len(trained) // points for point in range(points)):
-        front = front_of([*front, *(c for c in trained[done:count] if id(c) in scored)], run.ranking)
-        curve.append((count, volume(front)))
+        front.update(c for c in trained[done:count] if id(c) in scored)
+        curve.append((count, volume(front.members())))
         done = count
     return tuple(curve)
 
@@ -305,11 +299,10 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
 
 def find_ancestors(run: Run, member: Evaluation, limit: int) -> list[Evaluation]:
     """Follow parents back through the log, nearest first, the member itself first of all; at most `limit` of them."""
-    by_hash = {candidate.genome_hash: candidate for candidate in (*run.baselines, *run.candidates)}
     found, queue = {member.genome_hash: member}, [member]
     while queue and len(found) < limit:
         for parent_hash in queue.pop(0).parents:
-            parent = by_hash.get(parent_hash)
+            parent = run.by_hash.get(parent_hash)
             if parent is not None and parent_hash not in found and len(found) < limit:
                 found[parent_hash] = parent
                 queue.append(parent)
@@ -328,17 +321,11 @@ def count_failures(evaluations: Iterable[Evaluation]) -> list[tuple[str, str, in
     return [(status, reason, count) for (status, reason), count in groups.most_common()]
 
 
-def _matrix(evaluations: Sequence[Evaluation], objectives: Sequence[str]) -> FloatArray:
-    return np.array([[e.metrics[name] for name in objectives] for e in evaluations], dtype=np.float64)
-
-
-def _bend(points: FloatArray, log_scaled: BoolArray) -> FloatArray:
-    """Take logarithms of the columns that need them."""
-    return np.where(log_scaled, np.log(np.where(log_scaled, points, 1.0)), points)
-
-
-def _unbend(points: FloatArray, log_scaled: BoolArray) -> FloatArray:
-    return np.where(log_scaled, np.exp(np.where(log_scaled, points, 0.0)), points)
+def thin(items: Sequence[Item], most: int) -> Sequence[Item]:
+    """Return the items, or `most` of them, evenly spaced, the first and the last among them."""
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def _read_json(path: Path) -> Any:
@@ -352,15 +339,16 @@ def _read_json(path: Path) -> Any:
         raise ValueError(f"run_dir: {path} is not valid JSON: {error}") from error
 
 
-def _read_evaluations(path: Path) -> list[Evaluation]:
+@contextmanager
+def _opened(path: Path) -> Iterator[sqlite3.Connection]:
+    """Open a log for reading."""
     if not path.is_file():
         raise ValueError(f"run_dir: {path} does not exist; give a folder that the search wrote")
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as connection:
-            rows = read_evaluations(connection)
+            yield connection
     except sqlite3.DatabaseError as error:
         raise ValueError(f"run_dir: {path} cannot be read as a run's log: {error}") from error
-    return [replace(row, metrics=_numbers(row.metrics)) for row in rows]
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -33,8 +33,7 @@ def front_figure(run: Run, columns: Mapping[str, Column]) -> go.Figure:
     Every trace carries all columns as `customdata`, in the order of `columns`, so the page can change the axes.
     """
     across, up = choose_pairs(run.objectives)[0]
-    members = {member.genome_hash for member in run.front}
-    rest = [candidate for candidate in run.scored if candidate.genome_hash not in members]
+    rest, members = run.drawn, [member for _, member in run.shown_front]
     figure = go.Figure()
     last = max((candidate.generation for candidate in run.candidates), default=0)
     figure.add_scatter(
@@ -50,7 +49,7 @@ def front_figure(run: Run, columns: Mapping[str, Column]) -> go.Figure:
             "line": {"width": 0.6, "color": "var(--surface)"},
         },
     )
-    points = [(_shown(m, across, columns), _shown(m, up, columns)) for m in run.front]
+    points = [(_shown(m, across, columns), _shown(m, up, columns)) for m in members]
     steps = lower_left([(x, y) for x, y in points if x is not None and y is not None])
     figure.add_scatter(
         x=[x for x, _ in steps],
@@ -62,10 +61,10 @@ def front_figure(run: Run, columns: Mapping[str, Column]) -> go.Figure:
     )
     numbered = len(run.front) <= NUMBERED_FRONT
     figure.add_scatter(
-        **_spots(run, run.front, columns, across, up),
+        **_spots(run, members, columns, across, up),
         name="front",
         mode="markers+text" if numbered else "markers",
-        text=[str(number) for number in range(1, len(run.front) + 1)],
+        text=[str(number) for number, _ in run.shown_front],
         textfont={"color": "var(--on-accent)", "size": 10},
         marker={
             "size": 18 if numbered else 10,
@@ -147,14 +146,13 @@ def best_figure(run: Run, progress: Progress, column: Column) -> go.Figure:
     return _styled(figure, legend=False, hovermode="x")
 
 
-def population_figure(run: Run) -> go.Figure:
-    """Stack each LIV class's share of all LIVs in a generation's candidates, and in the front as the last bar."""
-    groups = [
-        (str(generation), [c for c in run.candidates if c.generation == generation]) for generation in run.generations
-    ]
-    if run.front:
-        groups.append(("front", list(run.front)))
-    counts = [Counter(c for member in members for c in liv_classes(member.genome)) for _, members in groups]
+def population_figure(classes: Mapping[str, Counter[int]]) -> go.Figure:
+    """Stack each LIV class's share of all LIVs in a generation's candidates, and in the front as the last bar.
+
+    Args:
+        classes: As `population_counts` returns them.
+    """
+    counts = list(classes.values())
     figure = go.Figure()
     families = list(FAMILIES)
     order = sorted(POOL, key=lambda c: (families.index(POOL[c].family), base_class(c), c))
@@ -163,7 +161,7 @@ def population_figure(run: Run) -> go.Figure:
             continue
         pattern = {"shape": "/", "size": 5, "solidity": 0.3, "fgcolor": "var(--hatch)", "fillmode": "overlay"}
         figure.add_bar(
-            x=[name for name, _ in groups],
+            x=list(classes),
             y=[100 * count[liv_class] / max(1, count.total()) for count in counts],
             name=POOL[liv_class].name,
             marker={
@@ -179,10 +177,21 @@ def population_figure(run: Run) -> go.Figure:
     return _styled(figure, legend=False, hovermode="closest")
 
 
+def population_counts(run: Run) -> dict[str, Counter[int]]:
+    """Count the LIVs of each class in the candidates of each generation that is shown, and last in the front."""
+    counts: dict[str, Counter[int]] = {str(generation): Counter() for generation in run.shown_generations}
+    for candidate in run.candidates:
+        if (count := counts.get(str(candidate.generation))) is not None:
+            count.update(liv_classes(candidate.genome))
+    if run.front:
+        counts["front"] = Counter(c for _, member in run.shown_front for c in liv_classes(member.genome))
+    return counts
+
+
 def curve_figure(run: Run) -> go.Figure:
     """Draw the training loss of the front and of the baselines by step."""
     figure = go.Figure()
-    shown = [(f"front {number}", member, False) for number, member in enumerate(run.front, start=1)]
+    shown = [(f"front {number}", member, False) for number, member in run.shown_front]
     shown += [(baseline.name or baseline.genome_hash, baseline, True) for baseline in run.baselines]
     for name, evaluation, is_baseline in shown:
         if evaluation.curve:
@@ -209,7 +218,7 @@ def curve_figure(run: Run) -> go.Figure:
 def _spots(
     run: Run, evaluations: Sequence[Evaluation], columns: Mapping[str, Column], across: str, up: str
 ) -> dict[str, Any]:
-    numbers = {id(member): f"{number} " for number, member in enumerate(run.front, start=1)}
+    numbers = {id(member): f"{number} " for number, member in run.shown_front}
     return {
         "x": [_shown(evaluation, across, columns) for evaluation in evaluations],
         "y": [_shown(evaluation, up, columns) for evaluation in evaluations],

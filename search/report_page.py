@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,14 @@ from plotly.offline import get_plotlyjs
 
 from search.report_data import Progress, Run, Rung, compare_rungs, count_failures, find_ancestors, follow_progress
 from search.report_drawing import FAMILIES, base_class, draw_genome, draw_lineage, family_of, liv_classes
-from search.report_figures import best_figure, curve_figure, front_figure, hypervolume_figure, population_figure
+from search.report_figures import (
+    best_figure,
+    curve_figure,
+    front_figure,
+    hypervolume_figure,
+    population_counts,
+    population_figure,
+)
 from search.report_metrics import Column, format_seconds, humanise, list_facts, order_metrics
 from search.report_scatter import NUMBERED_FRONT, choose_pairs, columns_of, draw_pair, read_template
 from search.report_table import FrontRow, best_value, columns_of_rows, rows_of
@@ -37,10 +45,12 @@ def render_page(run: Run) -> str:
     )
     rows, progress = rows_of(run), follow_progress(run)
     columns = columns_of_rows(rows, run.objectives)
-    cards = [_winner_card(run, row, member, columns, rows) for row, member in zip(rows, run.front, strict=False)]
+    members = zip(rows, run.shown_front, strict=False)
+    cards = [_winner_card(run, row, member, columns, rows) for row, (_, member) in members]
     baseline_cards = [_baseline_card(run, baseline, columns) for baseline in run.baselines]
     axes = _axes(run)
-    figures = _figures(run, progress, axes)
+    classes = population_counts(run)
+    figures = _figures(run, progress, axes, classes)
     sections = {
         "front": ("Front", run.front),
         "table": ("Table", rows),
@@ -59,7 +69,7 @@ def render_page(run: Run) -> str:
         table=_table(rows, columns, run.finals),
         repeated=max((final["seeds"] + final["failed"] for final in run.finals.values()), default=0),
         progress=_progress_context(run, progress, axes) if progress else None,
-        legend=_legend(run),
+        legend=_legend(run, classes),
         cards=cards,
         baseline_cards=baseline_cards,
         figures={name: _embed(figure.to_plotly_json()) for name, figure in figures.items()},
@@ -99,11 +109,24 @@ def _run_context(run: Run) -> dict[str, Any]:
         "unscored": counts[Status.OK] - len(run.scored) - run.over_budget - run.stopped,
         "rungs": [_rung_row(rung) for rung in compare_rungs(run)],
         "stopped": run.stopped,
+        "thinned": _thinned(run),
         "over_budget": run.over_budget,
         "budget": [str(term) for term in run.ranking.budget],
         "load_snippet": _load_snippet(run) if run.front else None,
         "resume_snippet": f"python -m search.run --resume --out {shlex.quote(str(run.directory))}",
     }
+
+
+def _thinned(run: Run) -> str:
+    """Say what a large run's page leaves out; nothing where it has everything."""
+    parts = []
+    if len(run.shown_front) < len(run.front):
+        parts.append(f"{len(run.shown_front):,} of the {len(run.front):,} members of the front")
+    if len(run.drawn) < len(run.scored) - len(run.front):
+        parts.append(f"{len(run.drawn):,} of the {len(run.scored) - len(run.front):,} candidates beside it")
+    if len(run.shown_generations) < len(run.generations):
+        parts.append(f"{len(run.shown_generations):,} of the {len(run.generations):,} generations")
+    return f"This page lists and draws {_join(parts)}, evenly spaced; run.db and front.json have all." if parts else ""
 
 
 def _rung_row(rung: Rung) -> dict[str, Any]:
@@ -118,7 +141,9 @@ def _axes(run: Run) -> dict[str, Column]:
     return columns_of(run, [*order_metrics(keys, run.objectives), "generation"]) if run.front else {}
 
 
-def _figures(run: Run, progress: Progress | None, axes: Mapping[str, Column]) -> dict[str, go.Figure]:
+def _figures(
+    run: Run, progress: Progress | None, axes: Mapping[str, Column], classes: Mapping[str, Counter[int]]
+) -> dict[str, go.Figure]:
     figures: dict[str, go.Figure] = {}
     if run.front:
         figures["front-figure"] = front_figure(run, axes)
@@ -129,7 +154,7 @@ def _figures(run: Run, progress: Progress | None, axes: Mapping[str, Column]) ->
     if any(evaluation.curve for evaluation in (*run.front, *run.baselines)):
         figures["curve-figure"] = curve_figure(run)
     if run.candidates:
-        figures["population-figure"] = population_figure(run)
+        figures["population-figure"] = population_figure(classes)
     return figures
 
 
@@ -232,10 +257,10 @@ def _progress_context(run: Run, progress: Progress, axes: Mapping[str, Column]) 
     }
 
 
-def _legend(run: Run) -> list[dict[str, Any]]:
+def _legend(run: Run, classes: Mapping[str, Counter[int]]) -> list[dict[str, Any]]:
     """List the classes that occur in the run, by family."""
-    genomes = [evaluation.genome for evaluation in (*run.candidates, *run.baselines)]
-    seen = {liv_class for genome in genomes for liv_class in liv_classes(genome)}
+    seen = {liv_class for count in classes.values() for liv_class in count}
+    seen |= {liv_class for baseline in run.baselines for liv_class in liv_classes(baseline.genome)}
     return [
         {
             "name": humanise(FAMILIES[family]),

@@ -96,7 +96,7 @@ def choose_pairs(objectives: Sequence[str]) -> list[tuple[str, str]]:
 
 def columns_of(run: Run, keys: Sequence[str]) -> dict[str, Column]:
     """Choose unit and scale for each metric from everything a figure of the run shows."""
-    shown = (*run.scored, *run.scored_baselines, *run.front)
+    shown = (*run.drawn, *run.scored_baselines, *(member for _, member in run.shown_front))
     return {key: column_for(key, [value for e in shown if (value := value_of(e, key)) is not None]) for key in keys}
 
 
@@ -161,7 +161,8 @@ def _draw_panel(
 ) -> list[str]:
     """Draw axes, all candidates, the front and the baselines, into a width x height box."""
     left, right, top, bottom = (52.0, 8.0, 10.0, 42.0) if small else (66.0, 18.0, 8.0, 54.0)
-    shown = [*run.scored, *run.front, *run.scored_baselines]
+    members = [member for _, member in run.shown_front]
+    shown = [*run.drawn, *members, *run.scored_baselines]
     x_axis = _fit_axis(columns[across], _values(shown, across), left, width - right)
     y_axis = _fit_axis(columns[up], _values(shown, up), height - bottom, top)
     parts = _draw_axes(x_axis, y_axis, small)
@@ -169,19 +170,17 @@ def _draw_panel(
     def place(evaluation: Evaluation) -> tuple[float, float]:
         return x_axis.place(_value(evaluation, across)), y_axis.place(_value(evaluation, up))
 
-    members = {member.genome_hash for member in run.front}
-    for candidate in run.scored:
-        if candidate.genome_hash not in members:
-            x, y = place(candidate)
-            parts.append(tag("circle", cx=x, cy=y, r=2.2 if small else 3.2, class_="candidate"))
+    for candidate in run.drawn:
+        x, y = place(candidate)
+        parts.append(tag("circle", cx=x, cy=y, r=2.2 if small else 3.2, class_="candidate"))
     # Vertical pixels grow downwards, values upwards: the front is sought among values.
-    values = [(_value(member, across), _value(member, up)) for member in run.front]
+    values = [(_value(member, across), _value(member, up)) for member in members]
     steps = [(x_axis.place(x), y_axis.place(y)) for x, y in lower_left(values)]
     if len(steps) > 1:
         bends = "".join(f"H{x:.1f}V{y:.1f}" for x, y in steps[1:])
         parts.append(tag("path", d=f"M{steps[0][0]:.1f} {steps[0][1]:.1f}{bends}", class_="step"))
     numbered = not small and len(run.front) <= NUMBERED_FRONT
-    for number, member in enumerate(run.front, start=1):
+    for number, member in run.shown_front:
         x, y = place(member)
         parts.append(tag("circle", cx=x, cy=y, r=8.5 if numbered else 3.6 if small else 5.5, class_="member"))
         if numbered:
@@ -192,7 +191,7 @@ def _draw_panel(
     if not small:
         names = [baseline.name or baseline.genome_hash for baseline in run.scored_baselines]
         frame = _Box(left, top, width - right, height - bottom)
-        parts += _label_spots(spots, names, [place(member) for member in run.front], frame)
+        parts += _label_spots(spots, names, [place(member) for member in members], frame)
     return parts
 
 

@@ -45,7 +45,7 @@ class FrontRow:
 
 def rows_of(run: Run) -> list[FrontRow]:
     """List the front, then the baselines in the order of the log."""
-    shown: list[tuple[int | None, Evaluation]] = [*enumerate(run.front, start=1)]
+    shown: list[tuple[int | None, Evaluation]] = [*run.shown_front]
     shown += [(None, baseline) for baseline in run.baselines]
     return [
         FrontRow(number, e.name or e.genome_hash, e.kind, e.status, e.genome, e.genome_hash, e.generation, e.metrics)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -19,6 +21,10 @@ from search.view import View
 from search.workers import Workers
 from star_core import Genome
 from star_core.genome import POOL
+
+LOG_SECONDS = 1.0
+"""Results are logged one by one, or so many seconds' results at once: a commit waits for the disk, 0.3 to 10 ms. Until
+then each has a file of its own, so that a kill in between loses nothing."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +41,23 @@ class Request:
 
     replica: int = 0
 
+    @cached_property
+    def text(self) -> str:
+        """The genome's canonical text."""
+        return str(self.genome.canonical())
+
+    @cached_property
+    def genome_hash(self) -> str:
+        """The genome's hash."""
+        return self.genome.hash
+
     def evaluation(self, outcome: Outcome, settings: Settings, rungs: Sequence[Mapping[str, float]] = ()) -> Evaluation:
         """Return the row of the log for an outcome."""
-        genome_hash = self.genome.hash
         return Evaluation(
-            genome=str(self.genome.canonical()),
-            genome_hash=genome_hash,
+            genome=self.text,
+            genome_hash=self.genome_hash,
             status=outcome.status,
-            seed=candidate_seed(settings.seed, genome_hash, self.replica),
+            seed=candidate_seed(settings.seed, self.genome_hash, self.replica),
             generation=self.generation,
             metrics=outcome.metrics,
             seconds=outcome.seconds,
@@ -94,30 +109,40 @@ class Stages:
     def evaluate(self, requests: Sequence[Request]) -> list[Evaluation]:
         """Return the evaluations of `requests`, in order: those in the log from there, the others trained together and
         measured one by one. With rungs, candidates climb them; the baselines are trained in one go."""
-        known = {request.genome.hash: self.store.find(request.genome.hash) for request in requests}
-        new = [request for request in requests if known[request.genome.hash] is None]
-        fresh = {request.genome.hash for request in new}
+        known = {request.genome_hash: self.store.find(request.genome_hash) for request in requests}
+        new = [request for request in requests if known[request.genome_hash] is None]
+        fresh = {request.genome_hash for request in new}
         if self.settings.rungs > 1:
-            climbed = self._climb([request for request in new if request.kind == "candidate"])
-            self.store.add(*climbed)
+            climbing = [request for request in new if request.kind == "candidate"]
+            climbed = self._climb(climbing)
+            self._log(list(zip(climbing, climbed, strict=True)))
             known |= {evaluation.genome_hash: evaluation for evaluation in climbed}
             new = [request for request in new if request.kind != "candidate"]
-        trained = self._run([self.task(request.genome, "train") for request in new])
+        trained = self._run([self.task(request, "train") for request in new])
         evaluations = []
+        waiting: list[tuple[Request, Evaluation]] = []
+        last = time.monotonic()
         for request in requests:
-            genome_hash = request.genome.hash
-            evaluation = known[genome_hash]
+            evaluation = known[request.genome_hash]
             if evaluation is None:
-                outcome = trained[genome_hash]
+                outcome = trained[request.genome_hash]
                 if outcome.status is Status.OK and self.settings.timed:
-                    outcome = _joined(outcome, self._measure(request.genome))
+                    outcome = _joined(outcome, self._measure(request))
                 evaluation = request.evaluation(outcome, self.settings)
-                self.store.add(evaluation)
-            if genome_hash in fresh:
-                self._forget(request.genome)
-            self.view.done(evaluation, genome_hash in fresh)
+                waiting.append((request, evaluation))
+                if time.monotonic() - last >= LOG_SECONDS:
+                    self._log(waiting)
+                    waiting, last = [], time.monotonic()
+            self.view.done(evaluation, request.genome_hash in fresh)
             evaluations.append(evaluation)
+        self._log(waiting)
         return evaluations
+
+    def _log(self, results: Sequence[tuple[Request, Evaluation]]) -> None:
+        """Append results to the log, and then delete the files that held them until now."""
+        self.store.add(*(evaluation for _, evaluation in results))
+        for request, _ in results:
+            self._forget(request)
 
     def _climb(self, requests: Sequence[Request]) -> list[Evaluation]:
         """Train `requests` rung by rung, synchronous successive halving with a Pareto front instead of a best.
@@ -139,19 +164,17 @@ class Stages:
         for rung, stop in enumerate(steps):
             last = rung == len(steps) - 1
             start = steps[rung - 1] if rung else None
-            tasks = [
-                replace(self.task(c.request.genome, "train"), start=start, stop=None if last else stop) for c in going
-            ]
+            tasks = [replace(self.task(c.request, "train"), start=start, stop=None if last else stop) for c in going]
             trained = self._run(tasks)
             for climber in going:
-                self._reach(climber, trained[climber.request.genome.hash])
+                self._reach(climber, trained[climber.request.genome_hash])
             going = [climber for climber in going if climber.outcome.status is Status.OK]
             if not last and going:
                 places = math.ceil(settings.population / RUNG_FACTOR ** (rung + 1))
                 promoted = self._promoted(going, places)
                 for climber in going:
                     if climber not in promoted:
-                        self.task(climber.request.genome, "train").checkpoint_path(stop).unlink(missing_ok=True)
+                        self.task(climber.request, "train").checkpoint_path(stop).unlink(missing_ok=True)
                 going = promoted
         return [c.request.evaluation(c.outcome, settings, c.rungs) for c in climbers]
 
@@ -163,7 +186,7 @@ class Stages:
             return
         if self.settings.timed:
             if climber.measured is None:
-                climber.measured = self._measure(climber.request.genome)
+                climber.measured = self._measure(climber.request)
                 climber.outcome = _joined(climber.outcome, climber.measured)
             else:
                 climber.outcome = _joined(climber.outcome, replace(climber.measured, seconds=0.0))
@@ -175,9 +198,9 @@ class Stages:
         losses, violations = [ranking.losses(m) for m in metrics], [ranking.violation(m) for m in metrics]
         return [climbers[i] for i in nsga2.survive(losses, places, violations).indices]
 
-    def _forget(self, genome: Genome, replica: int = 0) -> None:
+    def _forget(self, request: Request) -> None:
         """Delete what the trainings of a genome that is in the log have left."""
-        train, measure = self.task(genome, "train", replica), self.task(genome, "measure", replica)
+        train, measure = self.task(request, "train"), self.task(request, "measure")
         left = [train.result_path, measure.result_path]
         for step in self.settings.rung_steps[:-1]:
             left += [replace(train, stop=step).result_path, train.checkpoint_path(step)]
@@ -197,15 +220,15 @@ class Stages:
             for replica in range(1, self.settings.final_seeds + 1)
             for e in front
         ]
-        missing = [r for r in requests if self.store.find(r.genome.hash, r.kind) is None]
-        trained = self._run([self.task(r.genome, "train", r.replica) for r in missing])
+        missing = [r for r in requests if self.store.find(r.genome_hash, r.kind) is None]
+        trained = self._run([self.task(r, "train") for r in missing])
         for request in missing:
-            outcome = trained[self.task(request.genome, "train", request.replica).name]
+            outcome = trained[self.task(request, "train").name]
             if outcome.status is Status.OK and self.settings.timed:
-                outcome = _joined(outcome, self._measure(request.genome, request.replica))
+                outcome = _joined(outcome, self._measure(request))
             evaluation = request.evaluation(outcome, self.settings)
             self.store.add(evaluation)
-            self._forget(request.genome, request.replica)
+            self._forget(request)
             self.view.repeated(evaluation)
 
     def give_weights(self, front: Sequence[Evaluation]) -> None:
@@ -214,20 +237,21 @@ class Stages:
         Raises:
             OSError: The disk is full.
         """
-        tasks = [self.task(Genome.parse(e.genome), "train") for e in front if not self.store.has_weights(e)]
+        missing = [e for e in front if not self.store.has_weights(e)]
+        tasks = [self.task(Request(Genome.parse(e.genome), e.generation), "train") for e in missing]
         logged = {e.genome_hash: e for e in front}
         for task, outcome in self.workers.run(tasks, self._jobs(), self.view.training):
             self.view.retrained(logged[task.genome_hash], outcome)
             task.result_path.unlink(missing_ok=True)
 
-    def task(self, genome: Genome, stage: str, replica: int = 0) -> Task:
-        """Return one half of a genome's evaluation."""
-        canonical, genome_hash = str(genome.canonical()), genome.hash
-        seed = candidate_seed(self.settings.seed, genome_hash, replica)
-        return Task(canonical, genome_hash, seed, self.settings, self.store.work, stage, replica=replica)
+    def task(self, request: Request, stage: str) -> Task:
+        """Return one half of an evaluation."""
+        seed = candidate_seed(self.settings.seed, request.genome_hash, request.replica)
+        work = self.store.work
+        return Task(request.text, request.genome_hash, seed, self.settings, work, stage, replica=request.replica)
 
-    def _measure(self, genome: Genome, replica: int = 0) -> Outcome:
-        task = self.task(genome, "measure", replica)
+    def _measure(self, request: Request) -> Outcome:
+        task = self.task(request, "measure")
         self.view.measuring(task)
         return self._run([task], jobs=1)[task.name]
 

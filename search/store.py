@@ -13,14 +13,12 @@ import os
 import sqlite3
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-
-from search.nsga2 import non_dominated
+from search.nsga2 import Archive
 from search.ranking import Ranking
 
 
@@ -106,6 +104,7 @@ CREATE TABLE IF NOT EXISTS evaluations (
     details TEXT NOT NULL DEFAULT '{}',
     UNIQUE (kind, genome_hash)
 );
+CREATE INDEX IF NOT EXISTS evaluations_by_genome ON evaluations (genome_hash);
 """
 _NAMES = ("kind", "name", "genome", "genome_hash", "status", "seed", "generation", "metrics", "seconds", "error")
 _COLUMNS = ", ".join((*_NAMES, "parents", "repaired", "curve", "details"))
@@ -120,6 +119,9 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._front: Front | None = None
+        self._repeated: dict[str, list[Evaluation]] = {}
+        self._last_id = 0  # of the rows that the front is of
         self.work = root / "work"
         self.best = root / "best"
         for folder in (root, self.work, self.best):
@@ -185,37 +187,71 @@ class Store:
         Returns:
             The front, as `front_of` has it.
         """
-        evaluations = self.evaluations()
-        front = front_of(evaluations, ranking)
+        front = self._grown_front(ranking).members()
         rows: list[dict[str, Any]] = [
             {"genome": e.genome, "genome_hash": e.genome_hash, "metrics": dict(e.metrics)} for e in front
         ]
         for row in rows:
-            repeated = [e for e in evaluations if e.genome_hash == row["genome_hash"] and e.kind.startswith(FINAL)]
-            if repeated:
+            if repeated := self._repeated.get(row["genome_hash"]):
                 row["final"] = summary_of(repeated)
         write_json(self.root / "front.json", rows)
         kept = {f"{e.genome_hash}.safetensors" for e in front}
         # What is trained and not logged yet, by a driver that was killed in between, may still enter the front.
-        logged = {f"{e.genome_hash}.safetensors" for e in evaluations}
         for path in self.work.glob("*.safetensors"):
             if path.name in kept:
                 path.replace(self.best / path.name)
-            elif path.name in logged:
+            elif self._is_logged(path):
                 path.unlink()
-        for path in self.work.glob("*.checkpoint"):
-            if path.name.split(".")[0] + ".safetensors" in logged:  # left by a driver that was killed
+        for path in self.work.glob("*.checkpoint"):  # left by a driver that was killed
+            if self._is_logged(path):
                 path.unlink()
         for path in self.best.glob("*.safetensors"):
             if path.name not in kept:
                 path.unlink()
         return front
 
+    def _is_logged(self, path: Path) -> bool:
+        found = self._db.execute("SELECT 1 FROM evaluations WHERE genome_hash = ? LIMIT 1", (path.name.split(".")[0],))
+        return found.fetchone() is not None
 
-def read_evaluations(connection: sqlite3.Connection) -> list[Evaluation]:
-    """Return every evaluation of a log, in its order; one from before there were details has none."""
+    def _grown_front(self, ranking: Ranking) -> Front:
+        """Return the front, with what was logged since the last time; anew where the ranking is another."""
+        if self._front is None or self._front.ranking != ranking:
+            self._front, self._repeated, self._last_id = Front(ranking), {}, 0
+        columns = _COLUMNS.replace("curve", "'[]'")
+        query = f"SELECT {columns}, id FROM evaluations WHERE id > ? ORDER BY id"
+        rows = self._db.execute(query, (self._last_id,)).fetchall()
+        fresh = [_from_row(row[:-1]) for row in rows]
+        for evaluation in fresh:
+            if evaluation.kind.startswith(FINAL):
+                self._repeated.setdefault(evaluation.genome_hash, []).append(evaluation)
+        self._front.update(fresh)
+        self._last_id = rows[-1][-1] if rows else self._last_id
+        return self._front
+
+
+def read_evaluations(connection: sqlite3.Connection, *, curves: bool = True) -> list[Evaluation]:
+    """Return every evaluation of a log, in its order; one from before there were details has none.
+
+    Curves are two thirds of a log, and of the time to read it; without `curves` they are empty.
+    """
     columns = _COLUMNS if _has_details(connection) else _COLUMNS.replace("details", "'{}'")
+    columns = columns if curves else columns.replace("curve", "'[]'")
     return [_from_row(row) for row in connection.execute(f"SELECT {columns} FROM evaluations ORDER BY id")]
+
+
+def read_curves(connection: sqlite3.Connection, evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Return the evaluations with their curves."""
+    found = []
+    for evaluation in evaluations:
+        query = "SELECT curve FROM evaluations WHERE kind = ? AND genome_hash = ?"
+        [(curve,)] = connection.execute(query, (evaluation.kind, evaluation.genome_hash))
+        found.append(replace(evaluation, curve=_curve(curve)))
+    return found
+
+
+def _curve(text: str) -> tuple[tuple[int, float], ...]:
+    return tuple((int(step), float(loss)) for step, loss in json.loads(text))
 
 
 def _has_details(connection: sqlite3.Connection) -> bool:
@@ -225,14 +261,34 @@ def _has_details(connection: sqlite3.Connection) -> bool:
 def front_of(evaluations: Iterable[Evaluation], ranking: Ranking) -> list[Evaluation]:
     """Return the candidates of `evaluations` that keep the budget and that no other one that does dominates, sorted by
     the first objective."""
-    candidates = [e for e in evaluations if is_feasible(e, ranking)]
-    if not candidates:
-        return []
-    points = [ranking.losses(e.metrics) for e in candidates]
-    return sorted(
-        (candidates[i] for i in np.flatnonzero(non_dominated(points))),
-        key=lambda e: (e.metrics[ranking.objectives[0]], e.genome_hash),
-    )
+    front = Front(ranking)
+    front.update(evaluations)
+    return front.members()
+
+
+class Front:
+    """The front of a log that grows, without looking at the whole log each time.
+
+    Args:
+        ranking: How candidates are compared.
+    """
+
+    def __init__(self, ranking: Ranking) -> None:
+        self.ranking = ranking
+        self._archive: Archive[Evaluation] = Archive(len(ranking.objectives))
+
+    def __len__(self) -> int:
+        return len(self._archive.items)
+
+    def update(self, fresh: Iterable[Evaluation]) -> None:
+        """Take in what was logged since the last time."""
+        feasible = [e for e in fresh if is_feasible(e, self.ranking)]
+        self._archive.add([self.ranking.losses(e.metrics) for e in feasible], feasible)
+
+    def members(self) -> list[Evaluation]:
+        """Return the front of everything, sorted by the first objective."""
+        first = self.ranking.objectives[0]
+        return sorted(self._archive.items, key=lambda e: (e.metrics[first], e.genome_hash))
 
 
 def is_feasible(evaluation: Evaluation, ranking: Ranking) -> bool:
@@ -335,7 +391,7 @@ def _from_row(row: tuple[Any, ...]) -> Evaluation:
         name=name,
         parents=tuple(json.loads(parents)),
         repaired=bool(repaired),
-        curve=tuple((step, loss) for step, loss in json.loads(curve)),
+        curve=_curve(curve),
         cached=details.get("cached", False),
         rungs=tuple(details.get("rungs", ())),
         mutations=tuple(details.get("mutations", ())),

@@ -17,7 +17,7 @@ from rich.text import Text
 from search.evaluate import Outcome, Task
 from search.report_metrics import column_for, format_seconds
 from search.settings import Settings
-from search.store import Evaluation, Status, front_of
+from search.store import Evaluation, Front, Status
 
 NUM_BASELINES = 4
 
@@ -38,6 +38,10 @@ class View:
         self._ranking = settings.ranking
         self._rejected: list[Evaluation] = []
         self._told_rejected = 0
+        self._front = Front(settings.ranking)
+        self._best: dict[tuple[str, str], float] = {}
+        self._failures: Counter[str] = Counter()
+        self._generation = -1
         self._fresh = 0
         self._started = time.monotonic()
         self._bars: dict[str, TaskID] = {}
@@ -78,6 +82,7 @@ class View:
     def rejected(self, evaluation: Evaluation) -> None:
         """Count a genome that breaks the budget and is not trained."""
         self._rejected.append(evaluation)
+        self._failures[evaluation.status.value] += 1
 
     def retrained(self, evaluation: Evaluation, outcome: Outcome) -> None:
         """Tell that a winner whose result came from the cache has its weights now, and what else they give."""
@@ -105,6 +110,15 @@ class View:
         self._drop(evaluation.genome_hash)
         self.evaluations.append(evaluation)
         self._fresh += fresh
+        self._generation = max(self._generation, evaluation.generation)
+        self._front.update([evaluation])
+        if evaluation.status is Status.OK:
+            groups = ("candidate", "initial") if evaluation.generation == 0 else (evaluation.kind,)
+            for key in ((group, name) for group in groups for name in self.settings.objectives):
+                value = evaluation.metrics[key[1]]
+                self._best[key] = min(value, self._best.get(key, value))
+        else:
+            self._failures[evaluation.status.value] += 1
         if not self.console.is_terminal and fresh:
             if rejected := len(self._rejected) - self._told_rejected:
                 last = self._rejected[-1].error
@@ -145,29 +159,19 @@ class View:
         return f"about {format_seconds(seconds)} left"
 
     def _render(self) -> Panel:
-        settings = self.settings
-        candidates = [e for e in self.evaluations if e.kind == "candidate"]
-        front = front_of(self.evaluations, self._ranking)
-        generation = max((e.generation for e in self.evaluations), default=-1)
-        title = "baselines" if generation < 0 else f"generation {generation + 1} of {settings.generations}"
-        head = Text(
-            f"{title}   {len(self.evaluations)} of {self.total} evaluated   front {len(front)}   {self._left()}"
-        )
+        settings, done = self.settings, len(self.evaluations)
+        title = f"generation {self._generation + 1} of {settings.generations}" if self._generation >= 0 else "baselines"
+        front = len(self._front)
+        head = Text(f"{title}   {done} of {self.total} evaluated   front {front}   {self._left()}")
         table = Table("minimised", "best so far", "initial population", "best baseline", box=None, pad_edge=False)
-        initial = [e for e in candidates if e.generation == 0]
-        baselines = [e for e in self.evaluations if e.kind == "baseline"]
         for name in settings.objectives:
-            table.add_row(name, *(_best(group, name) for group in (candidates, initial, baselines)))
-        failures = Counter(e.status.value for e in (*self.evaluations, *self._rejected) if e.status is not Status.OK)
-        foot = Text(
-            "failed: " + ", ".join(f"{count} {status}" for status, count in failures.items()) if failures else ""
+            best = (self._best.get((group, name)) for group in ("candidate", "initial", "baseline"))
+            table.add_row(name, *("-" if value is None else _shown(name, value) for value in best))
+        failed = ", ".join(f"{count} {status}" for status, count in self._failures.items())
+        return Panel(
+            Group(head, table, self._progress, Text(f"failed: {failed}" if failed else "")),
+            title=f"star search, {settings.preset}",
         )
-        return Panel(Group(head, table, self._progress, foot), title=f"star search, {settings.preset}")
-
-
-def _best(evaluations: list[Evaluation], name: str) -> str:
-    values = [e.metrics[name] for e in evaluations if e.status is Status.OK]
-    return _shown(name, min(values)) if values else "-"
 
 
 def _shown(name: str, value: float) -> str:

@@ -130,6 +130,27 @@ def test_without_a_violation_constraints_change_nothing():
     assert plain.crowding.tolist() == constrained.crowding.tolist()
 
 
+@settings(max_examples=100, deadline=None)
+@given(tied_losses, st.lists(st.integers(0, 40), max_size=3))
+def test_an_archive_holds_the_non_dominated_however_points_come(losses, cuts):
+    archive = nsga2.Archive(losses.shape[1])
+    for part in np.split(np.arange(len(losses)), sorted(min(cut, len(losses)) for cut in cuts)):
+        archive.add(losses[part], part.tolist())
+    assert archive.items == np.flatnonzero(nsga2.non_dominated(losses)).tolist()
+    assert archive.losses.tolist() == losses[archive.items].tolist()
+
+
+def test_an_archive_takes_many_points_at_once():
+    losses = np.random.default_rng(0).random((500, 3))
+    archive = nsga2.Archive(3)
+    archive.add(losses[:100], list(range(100)))
+    archive.add(losses[100:], list(range(100, 500)))
+    archive.add([], [])
+    assert archive.items == np.flatnonzero(nsga2.non_dominated(losses)).tolist()
+    with pytest.raises(ValueError, match="losses: need finite numbers"):
+        archive.add([[0.0, np.nan, 0.0]], [1])
+
+
 def test_no_points_have_no_ranks():
     assert nsga2.pareto_ranks(np.zeros((0, 3))).shape == (0,)
     assert nsga2.non_dominated(np.zeros((0, 3))).shape == (0,)

@@ -5,6 +5,7 @@ import json
 import sqlite3
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from search.ranking import Ranking, Term
@@ -130,6 +131,41 @@ def test_keep_front_keeps_the_fronts_weights_alone(tmp_path: Path) -> None:
         (store.work / "b.safetensors").write_text("b")
         store.keep_front(RANKING)
         assert [path.name for path in store.best.iterdir()] == ["b.safetensors"]
+
+
+def test_the_front_grows_with_the_log_and_is_that_of_a_new_driver(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    made = [
+        evaluation(
+            f"{number:03}",
+            status=Status.NAN if number % 9 == 8 else Status.OK,
+            metrics={"perplexity": float(rng.integers(1, 30)), "cache_bytes": float(rng.integers(1, 30))},
+        )
+        for number in range(120)
+    ]
+    other = dataclasses.replace(RANKING, budget=(Term.parse("perplexity>=4"),))
+    with Store(tmp_path) as store:
+        assert store.keep_front(RANKING) == []
+        for start in range(0, 120, 40):
+            store.add(*made[start : start + 40])
+            kept = [row.genome_hash for row in store.keep_front(RANKING)]
+            assert kept == [row.genome_hash for row in front_of(made[: start + 40], RANKING)]
+        within = [row.genome_hash for row in store.keep_front(other)]
+        assert within == [row.genome_hash for row in front_of(made, other)] != kept
+    with Store(tmp_path) as store:
+        assert [row.genome_hash for row in store.keep_front(RANKING)] == kept
+
+
+def test_genomes_are_found_by_an_index(tmp_path: Path) -> None:
+    Store(tmp_path).close()
+    with sqlite3.connect(tmp_path / "run.db") as db:
+        db.execute("DROP INDEX evaluations_by_genome")  # as in a log from before there was one
+    Store(tmp_path).close()
+    with sqlite3.connect(tmp_path / "run.db") as db:
+        query = "SELECT * FROM evaluations WHERE genome_hash = 'a' AND kind IN ('candidate', 'baseline') ORDER BY id"
+        plan = str(db.execute(f"EXPLAIN QUERY PLAN {query}").fetchall())
+    assert "SEARCH evaluations USING INDEX" in plan
+    assert "SCAN" not in plan
 
 
 def test_the_table_has_the_documented_columns(tmp_path: Path) -> None:

@@ -6,7 +6,19 @@ from typing import Any
 
 from torch import nn
 
-from star_core.acceleration import _attention, _delta, _gated_mlp, _griffin, _loss, _mamba, _mamba2, _norm, _short_conv
+from star_core.acceleration import (
+    _attention,
+    _delta,
+    _experts,
+    _gated_mlp,
+    _griffin,
+    _linear,
+    _loss,
+    _mamba,
+    _mamba2,
+    _norm,
+    _short_conv,
+)
 from star_core.acceleration._report import AccelerationReport, Kept, Replaced
 from star_core.acceleration._rules import (
     Offer,
@@ -29,12 +41,15 @@ _RULES: tuple[Rule, ...] = (
     _attention.RULE,
     *_griffin.RULES,
     _gated_mlp.RULE,
+    _experts.RULE,
     *_norm.RULES,
 )
 
 
 def accelerate(model: nn.Module) -> AccelerationReport:
     """Swap the slow paths of a transformers model for star_kernels' operators, in place.
+
+    On a CPU, its wide float32 dense layers go through oneDNN, whose sums are in another order.
 
     Args:
         model: Any module; what it holds of transformers' known kinds is replaced, wherever it lies.
@@ -72,6 +87,12 @@ def accelerate(model: nn.Module) -> AccelerationReport:
         else:
             replace(module, "forward", bind(module, offer.forward))
             replaced.append(Replaced(path, class_name(module), offer.operators))
+    # Last, so that the offers above were compared with modules as they were.
+    for path, module in model.named_modules():
+        if is_from_transformers(module):
+            for name, layer in _linear.inside(module):
+                replace(layer, "forward", bind(layer, _linear.forward))
+                replaced.append(Replaced(f"{path}.{name}".removeprefix("."), class_name(layer), _linear.OPERATORS))
     return AccelerationReport(tuple(replaced), tuple(kept))
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from star_core.acceleration._linear import linear
 from star_core.acceleration._rules import bind, class_name, is_plain_linear
 from star_kernels import linear_cross_entropy
 
@@ -212,7 +213,7 @@ def causal_lm_loss(
 def head_forward(self: Any, input: Tensor) -> Tensor:
     """Run the output layer, or put it off while its model takes a loss."""
     if torch.compiler.is_compiling() or not getattr(_deferring, "on", False):
-        return F.linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias)
     return DeferredLogits(input, self, _autocast_dtype(input) or input.dtype)
 
 

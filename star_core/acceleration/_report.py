@@ -14,7 +14,7 @@ class Replaced:
     Attributes:
         path: Its name in the model, as `named_modules` gives it; empty for the model itself.
         kind: Its class's name.
-        operators: The `star_kernels` operators that it calls.
+        operators: The `star_kernels` operators that it calls, or what of torch's.
     """
 
     path: str

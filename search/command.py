@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,7 +22,17 @@ from search.ranking import Ranking, Term
 from search.report import LiveReport, print_front
 from search.report_metrics import format_seconds
 from search.result_cache import ResultCache
-from search.settings import OBJECTIVES, OPTIMIZERS, PRESETS, RUNG_FACTOR, Settings, SettingsError, nearest
+from search.settings import (
+    MOVABLE,
+    OBJECTIVES,
+    OPTIMIZERS,
+    PRESETS,
+    RUNG_FACTOR,
+    WORKERS,
+    Settings,
+    SettingsError,
+    nearest,
+)
 from search.start import NAMES, read_starts
 from search.store import (
     Evaluation,
@@ -33,7 +44,7 @@ from search.store import (
     write_json,
 )
 from search.view import View
-from search.workers import make_workers
+from search.workers import Workers, make_workers
 from star_core.genome import LEVELS
 
 RUNS = Path("runs")
@@ -139,8 +150,17 @@ def parser() -> argparse.ArgumentParser:
     option("--seed", type=int, metavar="N", help="seed of the evolution and of every training")
     option(
         "--workers",
-        choices=["inline", "processes"],
-        help="evaluate in this process, or each candidate in a fresh one (default)",
+        choices=WORKERS,
+        help="evaluate each candidate in a fresh process (default), all in this one, or on the machines of a cluster",
+    )
+    option("--ray-address", metavar="HOST:PORT", help="the Ray cluster (default: Ray is started on this machine)")
+    option("--gpus-per-task", type=float, metavar="N", help="GPUs of each candidate on a cluster (default: 0)")
+    option(
+        "--slurm",
+        type=_names,
+        action="extend",
+        metavar="KEY=VALUE",
+        help="what SLURM is asked for, such as partition=gpu,account=lab (repeatable, or with commas)",
     )
     option("--jobs", type=int, metavar="N", help="candidates trained at once (default: the number of cores)")
     option("--measure-threads", type=int, metavar="N", help="threads of the measured model; 0 for torch's own number")
@@ -237,7 +257,7 @@ def _begin(root: Path, settings: Settings, console: Console) -> None:
     corpus.check(settings.seq_len)
     if settings.cache is not None:
         ResultCache(Path(settings.cache), corpus.fingerprint).close()
-    with Store(root) as store:
+    with closing(make_workers(settings)) as workers, Store(root) as store:
         corpus.save(store.work)
         config = {
             **settings.to_json(),
@@ -246,7 +266,7 @@ def _begin(root: Path, settings: Settings, console: Console) -> None:
             "machine": machine(),
         }
         write_json(root / "config.json", config)
-        _go(settings, store, corpus, console)
+        _go(settings, store, workers, corpus, console)
 
 
 def _resume(root: Path, given: dict[str, Any], console: Console) -> None:
@@ -257,23 +277,35 @@ def _resume(root: Path, given: dict[str, Any], console: Console) -> None:
     settings = Settings.from_json(config)
     if "start" in given:
         given["start"] = read_starts(given["start"], settings.depth)
+    moved = {name: given.pop(name) for name in MOVABLE if name in given}
     for name, value in given.items():
         asked, stored = tuple(value) if isinstance(value, list) else value, getattr(settings, name)
         if asked != stored:
             option = "--" + name.replace("_", "-")
             raise RunFolderError(f"{root}: began with {option} {_shown(stored)}, and can't go on with {_shown(asked)}")
-    with Store(root) as store:
+    settings = _moved(settings, moved)
+    with closing(make_workers(settings)) as workers, Store(root) as store:
         corpus = Corpus.load(store.work)
         if corpus.fingerprint != config["corpus"]["fingerprint"]:
             raise RunFolderError(f"{store.work}: the saved text is not the one that the run began with")
-        _go(settings, store, corpus, console)
+        if moved:
+            write_json(root / "config.json", config | settings.to_json())
+        _go(settings, store, workers, corpus, console)
+
+
+def _moved(settings: Settings, moved: dict[str, Any]) -> Settings:
+    """Return the settings of a run that goes on elsewhere; a cluster's own do not go along to another kind."""
+    if moved.get("workers", settings.workers) != settings.workers:
+        moved = {"ray_address": None, "slurm": (), **moved}
+    changes: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in moved.items()}
+    return dataclasses.replace(settings, **changes)
 
 
 def _shown(value: object) -> str:
     return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def _go(settings: Settings, store: Store, corpus: Corpus, console: Console) -> None:
+def _go(settings: Settings, store: Store, workers: Workers, corpus: Corpus, console: Console) -> None:
     """Search and show; then the table, the page, and where everything is."""
     started = time.monotonic()
     console.print(
@@ -291,12 +323,8 @@ def _go(settings: Settings, store: Store, corpus: Corpus, console: Console) -> N
         store.keep_front(settings.ranking)
         report.update()
 
-    workers = make_workers(settings.workers)
-    try:
-        with View(settings, console) as view:
-            search(settings, store, workers, view, on_generation)
-    finally:
-        workers.close()
+    with View(settings, console) as view:
+        search(settings, store, workers, view, on_generation)
     report.write()
     print_front(store.root, console)
     console.print(_gain(store.evaluations(), settings.ranking), highlight=False)

@@ -182,6 +182,7 @@ def _train(task: Task, started: float, report: Callable[[int, float], None] | No
     corpus = Corpus.load(task.work)
     try:
         model = LanguageModel(Genome.parse(task.genome), _model_config(task, corpus), seed=task.seed)
+        model.to(settings.device)
     except ValueError as error:
         return Outcome(Status.INVALID, {}, time.monotonic() - started, str(error))
     deadline = started + settings.timeout_seconds
@@ -220,8 +221,8 @@ def _train(task: Task, started: float, report: Callable[[int, float], None] | No
 def _measure(task: Task, started: float, report: Callable[[int, float], None] | None) -> Outcome:
     settings = task.settings
     config = _model_config(task, Corpus.load(task.work))
-    model = LanguageModel(Genome.parse(task.genome), config, seed=task.seed)
-    reference = LanguageModel(transformer_pp(settings.depth), config, seed=task.seed)
+    model = LanguageModel(Genome.parse(task.genome), config, seed=task.seed).to(settings.device)
+    reference = LanguageModel(transformer_pp(settings.depth), config, seed=task.seed).to(settings.device)
     seconds = settings.measure_seconds / len(MEASURED)
     metrics = measure_model(model, reference, which=TIMED, seconds=seconds, **_sizes(settings, config))
     return Outcome(Status.OK, metrics, time.monotonic() - started)
@@ -237,7 +238,8 @@ def _reference_peak_bytes(task: Task, config: ModelConfig) -> float:
     if not path.exists():
         # Two processes may come here at once: each renames a file of its own, and both hold the same number.
         own = task.work / f"{task.name}.reference.json"
-        write_json(own, _peak_bytes(LanguageModel(transformer_pp(task.settings.depth), config), task.settings))
+        reference = LanguageModel(transformer_pp(task.settings.depth), config).to(task.settings.device)
+        write_json(own, _peak_bytes(reference, task.settings))
         own.replace(path)
     return float(read_json(path))
 

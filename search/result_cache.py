@@ -99,10 +99,12 @@ class ResultCache:
             "training": asdict(settings.train_config()),
             "probe_steps": settings.probe_steps,
             "memory": settings.timed,
+            "device": settings.device,
         }
         if task.stage == "measure":
             decides |= {
                 "machine": self._machine,
+                "workers": settings.workers,  # a cluster's machines are others
                 "threads": settings.measure_threads,
                 "seconds": settings.measure_seconds,
             }

@@ -15,7 +15,7 @@ from search.server import start_server
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a search; return the exit code, as `search.command.main` does."""
     arguments = sys.argv[1:] if argv is None else argv
-    if "inline" not in arguments:
+    if not {"inline", "ray", "slurm"}.intersection(arguments):
         start_server()
     from search import command
 

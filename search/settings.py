@@ -23,6 +23,12 @@ measured interleaved."""
 RUNG_FACTOR = 3
 """A rung trains so many times as long as the one below, and one candidate in so many goes on to it."""
 
+WORKERS = ("processes", "inline", "ray", "slurm")
+"""Where candidates are evaluated; the last two need their extra."""
+
+MOVABLE = ("workers", "jobs", "ray_address", "slurm")
+"""What may be another where a run goes on: it decides where candidates are evaluated, and nothing else."""
+
 OPTIMIZERS = ("nsga2", "random", "ga")
 """The search's own optimizers; any of nevergrad's that takes genomes goes by its name there."""
 
@@ -68,8 +74,11 @@ class Settings:
         seed: Seeds the evolution and, with a genome's hash, each training.
         level: How deep the search mutates: "backbone" is the paper's space; "operator" and "featurizer" add LIVs with
             operators, norms and, the last, feature groups of their own, and models with a width and a depth.
-        workers: "processes" (a fresh process for each candidate) or "inline" (all in this one).
-        jobs: Candidates trained at once, one thread each; 0 takes the number of cores.
+        workers: "processes" (a fresh process for each candidate), "inline" (all in this one), "ray" or "slurm".
+        jobs: Candidates trained at once, one thread each; 0 takes the number of cores, and of a cluster all there are.
+        ray_address: The Ray cluster, "host:port" or "auto"; None starts Ray on this machine.
+        gpus_per_task: GPUs of a candidate on a cluster, which then trains and is measured on the first of them.
+        slurm: What SLURM is asked for, such as "partition=gpu": see `search.slurm_workers`.
     """
 
     preset: str
@@ -103,6 +112,9 @@ class Settings:
     level: Level = "backbone"
     workers: str = "processes"
     jobs: int = 0
+    ray_address: str | None = None
+    gpus_per_task: float = 0.0
+    slurm: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.objectives if name not in OBJECTIVES]
@@ -117,8 +129,7 @@ class Settings:
             raise SettingsError(f"epsilon: needs a number from 0 to below 1, got {self.epsilon}")
         if self.level not in LEVELS:
             raise SettingsError(f"level: unknown {self.level!r}{nearest(self.level, LEVELS)}")
-        if self.workers not in ("inline", "processes"):
-            raise SettingsError(f"workers: needs inline or processes, got {self.workers!r}")
+        self._check_workers()
         for name, least in (
             ("population", 4),
             ("generations", 1),
@@ -170,6 +181,16 @@ class Settings:
                 f"width: needs a multiple of 4 heads of {self.head_dim} = {4 * self.head_dim}, got {self.width}"
             )
 
+    def _check_workers(self) -> None:
+        if self.workers not in WORKERS:
+            raise SettingsError(f"workers: needs one of {', '.join(WORKERS)}, got {self.workers!r}")
+        if not 0 <= self.gpus_per_task < math.inf:
+            raise SettingsError(f"gpus_per_task: needs a finite number of at least 0, got {self.gpus_per_task}")
+        owners = {"ray_address": ("ray",), "slurm": ("slurm",), "gpus_per_task": ("ray", "slurm")}
+        for name, kinds in owners.items():
+            if getattr(self, name) and self.workers not in kinds:
+                raise SettingsError(f"{name}: needs workers = {' or '.join(kinds)}, got {self.workers!r}")
+
     def _check_budget(self) -> None:
         try:
             terms = self.terms
@@ -215,6 +236,11 @@ class Settings:
     def model_config(self, vocab_size: int) -> ModelConfig:
         """Return the sizes of every model of the search."""
         return ModelConfig(width=self.width, head_dim=self.head_dim, vocab_size=vocab_size, time_scale=self.seq_len)
+
+    @property
+    def device(self) -> str:
+        """Where a candidate's weights are: "cuda" if it has a GPU, else "cpu"."""
+        return "cuda" if self.gpus_per_task else "cpu"
 
     def to_json(self) -> dict[str, Any]:
         """Return the settings as JSON values."""

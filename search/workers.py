@@ -1,7 +1,8 @@
 """Where candidates are evaluated: in this process, or each in a fresh one.
 
 A fresh process is forked from the server of `search.server`. It leads a process group of its own, writes its output to
-a log in the run folder, and ends itself when the driver is gone, however the driver went.
+a log in the run folder, and ends itself when the driver is gone, however the driver went. On other machines the same is
+done by whoever does a task there: `search.ray_workers`, `search.slurm_workers`.
 """
 
 from __future__ import annotations
@@ -27,10 +28,8 @@ import torch
 
 from search.evaluate import Outcome, Task, run_task
 from search.server import fork_context
+from search.settings import Settings
 from search.store import Status, read_json
-
-GRACE_SECONDS = 30.0
-"""What a process gets beyond its deadline, which it watches itself, before its group is killed."""
 
 REPORT_SECONDS = 0.25
 """Least time between two reports of a training's progress."""
@@ -39,6 +38,28 @@ _DISK_FULL = 77  # exit code of a process that met a full disk
 
 Progress = Callable[[Task, int, float], None]
 """Called with a task, its training step and the loss."""
+
+Report = Callable[[int, float], None]
+"""Called in the process of a task with its training step and the loss."""
+
+
+@dataclass(frozen=True)
+class Care:
+    """How processes do their tasks, and what becomes of those that end without a result.
+
+    Attributes:
+        do: Does a task, writes its outcome to `Task.result_path` and returns it. A function of a module, so that other
+            processes find it.
+        grace_seconds: What a process gets beyond its deadline, which it watches itself, before its group is killed.
+        retries: How often a task whose process died of a signal is begun anew. More than one such death is the
+            candidate's own.
+        memory_bytes: Most private memory of a process beyond its imports. None: an equal share of the machine's.
+    """
+
+    do: Callable[[Task, Report], Outcome] = run_task
+    grace_seconds: float = 30.0
+    retries: int = 1
+    memory_bytes: int | None = None
 
 
 class Workers(Protocol):
@@ -57,18 +78,34 @@ class Workers(Protocol):
         ...
 
 
-def make_workers(kind: str) -> Workers:
-    """Return the workers of `Settings.workers`: "processes" or "inline"."""
-    return ProcessWorkers() if kind == "processes" else InlineWorkers()
+def make_workers(settings: Settings, care: Care | None = None) -> Workers:
+    """Return the workers of `Settings.workers`.
+
+    Raises:
+        SettingsError: They can't be had here: a package is not installed, a cluster does not answer or has too little.
+    """
+    care = care or Care()
+    if settings.workers == "ray":
+        from search.ray_workers import RayWorkers
+
+        return RayWorkers(settings, care)
+    if settings.workers == "slurm":
+        from search.slurm_workers import SlurmWorkers
+
+        return SlurmWorkers(settings, care)
+    return InlineWorkers(care) if settings.workers == "inline" else ProcessWorkers(care)
 
 
 class InlineWorkers:
     """Does every task in this process, one after the other: for debuggers, and where processes can't be started."""
 
+    def __init__(self, care: Care | None = None) -> None:
+        self._care = care or Care()
+
     def run(self, tasks: Sequence[Task], jobs: int, progress: Progress) -> Iterator[tuple[Task, Outcome]]:
         """See `Workers`."""
         for task in tasks:
-            yield task, _finished(task) or run_task(task, functools.partial(progress, task))
+            yield task, finished(task) or self._care.do(task, functools.partial(progress, task))
 
     def close(self) -> None:
         """See `Workers`; nothing is left to end."""
@@ -80,16 +117,18 @@ class _Running:
     process: ForkServerProcess
     connection: Connection
     started: float
+    retries: int
 
     @property
-    def overdue(self) -> bool:
-        return time.monotonic() - self.started > self.task.settings.timeout_seconds + GRACE_SECONDS
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
 
 
 class ProcessWorkers:
     """Does each task in a fresh process, and tells how those ended that could not tell themselves."""
 
-    def __init__(self) -> None:
+    def __init__(self, care: Care | None = None) -> None:
+        self._care = care or Care()
         self._context = fork_context()
         self._running: list[_Running] = []
 
@@ -99,20 +138,27 @@ class ProcessWorkers:
         while waiting or self._running:
             while waiting and len(self._running) < jobs:
                 task = waiting.pop(0)
-                if (outcome := _finished(task)) is not None:
+                if (outcome := finished(task)) is not None:
                     yield task, outcome
                 else:
-                    self._running.append(self._start(task, jobs))
+                    self._running.append(self._start(task, jobs, self._care.retries))
             for running in self._step(progress):
-                yield running.task, _outcome(running)
+                outcome = self._outcome(running)
+                if outcome is None:
+                    self._running.append(self._start(running.task, jobs, running.retries - 1))
+                else:
+                    yield running.task, outcome
 
-    def _start(self, task: Task, jobs: int) -> _Running:
+    def _start(self, task: Task, jobs: int, retries: int) -> _Running:
         ours, theirs = self._context.Pipe(duplex=False)
-        limit = _physical_memory() // max(1, jobs)
-        process = self._context.Process(target=_main, args=(task, theirs, limit), daemon=True)
+        limit = self._care.memory_bytes or physical_memory() // max(1, jobs)
+        process = self._context.Process(target=_main, args=(self._care.do, task, theirs, limit), daemon=True)
         process.start()
         theirs.close()
-        return _Running(task, process, ours, time.monotonic())
+        return _Running(task, process, ours, time.monotonic(), retries)
+
+    def _overdue(self, running: _Running) -> bool:
+        return running.seconds > running.task.settings.timeout_seconds + self._care.grace_seconds
 
     def _step(self, progress: Progress) -> list[_Running]:
         """Wait a moment for news; pass progress on, and return those that ended."""
@@ -124,7 +170,7 @@ class ProcessWorkers:
         ended = []
         for running in list(self._running):
             _drain(running, progress)
-            if running.process.exitcode is None and running.overdue:
+            if running.process.exitcode is None and self._overdue(running):
                 _kill_group(running.process)
             if running.process.exitcode is not None:
                 running.process.join()
@@ -143,8 +189,27 @@ class ProcessWorkers:
             running.connection.close()
         self._running.clear()
 
+    def _outcome(self, running: _Running) -> Outcome | None:
+        """Return what the process wrote or, where it could not write, what its end says; None for one more try."""
+        task, code = running.task, running.process.exitcode
+        if code == _DISK_FULL:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(task.work))
+        if (outcome := finished(task)) is not None:
+            return outcome
+        if self._overdue(running):
+            error = f"no result {self._care.grace_seconds:g} s past its deadline; killed"
+            return Outcome(Status.TIMEOUT, {}, running.seconds, error)
+        end = f"ended with exit code {code} and no result"
+        if code is not None and code < 0:
+            if running.retries:
+                return None
+            end = f"killed by {signal.Signals(-code).name}" + (", as on its first try" if self._care.retries else "")
+        log = _log_path(task)
+        lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
+        return Outcome(Status.CRASH, {}, running.seconds, f"{end}: {lines[-1]}" if lines else end)
 
-def _finished(task: Task) -> Outcome | None:
+
+def finished(task: Task) -> Outcome | None:
     """Return the outcome that an earlier driver's process left, if it did."""
     return Outcome.from_json(read_json(task.result_path)) if task.result_path.exists() else None
 
@@ -157,24 +222,6 @@ def _drain(running: _Running, progress: Progress) -> None:
     except (EOFError, ConnectionResetError):
         # The process has closed its end: it is ending, and its exit code tells how.
         return
-
-
-def _outcome(running: _Running) -> Outcome:
-    """Return what the process wrote or, where it could not write, what its end says."""
-    task, code, seconds = running.task, running.process.exitcode, time.monotonic() - running.started
-    if code == _DISK_FULL:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(task.work))
-    if (outcome := _finished(task)) is not None:
-        return outcome
-    if running.overdue:
-        return Outcome(Status.TIMEOUT, {}, seconds, f"no result {GRACE_SECONDS:.0f} s past its deadline; killed")
-    if code is not None and code < 0:
-        end = f"killed by {signal.Signals(-code).name}"
-    else:
-        end = f"ended with exit code {code} and no result"
-    log = _log_path(task)
-    lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
-    return Outcome(Status.CRASH, {}, seconds, f"{end}: {lines[-1]}" if lines else end)
 
 
 def _log_path(task: Task) -> Path:
@@ -191,7 +238,8 @@ def _kill_group(process: ForkServerProcess) -> None:
             process.kill()
 
 
-def _physical_memory() -> int:
+def physical_memory() -> int:
+    """Return the bytes of this machine's memory."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -201,7 +249,7 @@ def _private_memory() -> int:
     return int(status["VmData"].split()[0]) * 1024
 
 
-def _main(task: Task, connection: Connection, memory_bytes: int) -> None:
+def _main(do: Callable[[Task, Report], Outcome], task: Task, connection: Connection, memory_bytes: int) -> None:
     """Run in the fresh process."""
     os.setsid()
     # What the server imported is never garbage: a full collection of it takes 0.13 s, and copies its pages.
@@ -213,8 +261,7 @@ def _main(task: Task, connection: Connection, memory_bytes: int) -> None:
         os.dup2(log, stream.fileno())
     if sys.platform == "linux":
         # Counts private memory alone, and that of the imports comes on top; elsewhere the limit also counts mapped
-        # files
-        # or is not kept at all.
+        # files, or is not kept at all.
         limit = _private_memory() + memory_bytes
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     threads = 1 if task.stage == "train" else task.settings.measure_threads
@@ -229,7 +276,7 @@ def _main(task: Task, connection: Connection, memory_bytes: int) -> None:
             connection.send((step, loss))
 
     try:
-        run_task(task, report)
+        do(task, report)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -196,6 +196,11 @@ def test_a_folder_of_another_run_is_left_alone(tmp_path: Path, text: Path, capsy
     assert "began with --depth 2, and can't go on with 6" in capsys.readouterr().err
     assert run.main(["--resume", "--out", str(root), "--preset", "laptop"]) == 2
     assert rows(root, RESULTS) == before
+    # Where it is done may be another.
+    assert run.main(["--resume", "--out", str(root), "--workers", "processes", "--jobs", "1"]) == 0
+    config = json.loads((root / "config.json").read_text())
+    assert (config["workers"], config["jobs"], config["depth"]) == ("processes", 1, 2)
+    assert rows(root, RESULTS) == before
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="needs root to mount a small file system")

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from bench.harness import measure_model
-from search import evaluate, workers
+from search import evaluate
 from search.data import load_corpus
 from search.evaluate import Outcome, Task, candidate_seed, run_task
 from search.settings import PRESETS
 from search.store import Status
-from search.workers import InlineWorkers, ProcessWorkers, Workers
+from search.workers import Care, InlineWorkers, ProcessWorkers, Workers, make_workers
 from star_core import Genome, LanguageModel
 
 TINY = dataclasses.replace(
@@ -54,7 +54,7 @@ def task(work: Path, genome: str = "11111-91111", stage: str = "train", **change
 
 @pytest.fixture(params=["inline", "processes"])
 def pool(request: pytest.FixtureRequest) -> Iterator[Workers]:
-    made = workers.make_workers(request.param)
+    made = make_workers(dataclasses.replace(TINY, workers=request.param))
     yield made
     made.close()
 
@@ -151,30 +151,35 @@ def test_a_genome_that_does_not_fit_is_invalid(pool: Workers, work: Path) -> Non
     assert "not valid" in str(outcome.error)
 
 
-def test_memory_beyond_the_limit_is_oom(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "_physical_memory", lambda: 400 * 2**20)
-    pool = ProcessWorkers()
+def test_memory_beyond_the_limit_is_oom(work: Path) -> None:
+    pool = ProcessWorkers(Care(memory_bytes=400 * 2**20))
     [outcome] = outcomes(pool, [task(work, "11111-91111", batch_size=4096, seq_len=256, tokens=4096 * 256)], jobs=1)
     pool.close()
     assert outcome.status is Status.OOM, outcome
 
 
-def test_death_by_signal_is_a_crash(work: Path) -> None:
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_one_death_by_signal_is_tried_again_and_the_second_is_a_crash(work: Path, deaths: int) -> None:
+    doomed, other = task(work, tokens=60_000), task(work, "71111-91111")
+    killed: set[int] = set()
+
+    def kill(one: Task, step: int, loss: float) -> None:
+        if one == doomed and len(killed) < deaths:
+            [pid] = [running.process.pid for running in pool._running if running.task == doomed]
+            if pid not in killed:
+                killed.add(pid)
+                os.kill(pid, signal.SIGKILL)
+
     pool = ProcessWorkers()
-    running = pool.run([task(work, tokens=50_000_000), task(work, "71111-91111")], 2, lambda *_: None)
-    results = []
-    killed = False
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and len(results) < 2:
-        results.append(next(running))
-        if not killed:
-            os.kill(pool._running[0].process.pid, signal.SIGKILL)  # type: ignore[arg-type]
-            killed = True
+    found = dict(pool.run([doomed, other], 2, kill))
     pool.close()
-    statuses = {one.genome: outcome for one, outcome in results}
-    assert statuses["71111-91111"].status is Status.OK
-    assert statuses["11111-91111"].status is Status.CRASH
-    assert "SIGKILL" in str(statuses["11111-91111"].error)
+    assert len(killed) == deaths
+    assert found[other].status is Status.OK
+    if deaths == 1:
+        assert found[doomed].status is Status.OK, found[doomed].error
+    else:
+        assert found[doomed].status is Status.CRASH
+        assert "killed by SIGKILL, as on its first try" in str(found[doomed].error)
 
 
 def test_an_exception_is_a_crash_with_its_reason(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from search.nsga2 import non_dominated
+
 RATE = 0.1
 """Weight of a new reward in a mutation's quality: the last twenty or so count."""
 
@@ -38,9 +40,15 @@ class Tally:
 class MutationChoice:
     """Probabilities of mutations by name.
 
-    A candidate's reward is 1 if its losses dominate a parent's, 1/2 if no parent's dominate its, and else 0; all
-    mutations that made it share it. Rewards count from the next draw on, in an order that does not depend on the one
-    they came in, so that a search is the same whatever order results arrive in between two draws.
+    A candidate's reward is 1 if nothing that was told dominates its losses, and else 0; all mutations that made it
+    share it. Rewards count from the next draw on, in an order that does not depend on the one they came in, so that a
+    search is the same whatever order results arrive in between two draws.
+
+    Tried at level featurizer on three losses made up of classes, sizes and sharing, depth 8, 400 evaluations,
+    population 16, 12 seeds (standard error 0.003): hypervolume is 0.617 for equal chances, 0.615 with rewards by
+    dominance over the parents, of which most candidates get the same 1/2, 0.626 for this one, 0.624 for adaptive
+    pursuit of it, and 0.618 at a rate of 0.2 and a least share of 0.15. Over 24 other seeds equal chances give 0.618
+    and this one 0.620: in a search so short it gains little more than the tallies.
 
     Attributes:
         names: Of the mutations, at least one.
@@ -49,34 +57,33 @@ class MutationChoice:
     names: Sequence[str]
     _quality: dict[str, float] = field(init=False)
     _rewards: dict[str, list[float]] = field(init=False)
-    _losses: dict[str, tuple[float, ...]] = field(default_factory=dict)
-    _pending: dict[str, tuple[tuple[str, ...], float]] = field(default_factory=dict)
+    _front: list[tuple[float, ...]] = field(default_factory=list)
+    _pending: dict[str, tuple[tuple[str, ...], tuple[float, ...] | None]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._quality = dict.fromkeys(self.names, 0.5)
         self._rewards = {name: [] for name in self.names}
 
-    def learn(
-        self, key: str, losses: Sequence[float] | None, parents: Sequence[str] = (), mutations: Sequence[str] = ()
-    ) -> None:
+    def learn(self, key: str, losses: Sequence[float] | None, mutations: Sequence[str] = ()) -> None:
         """Take in what came of a candidate.
 
         Args:
             key: What tells it from all others.
             losses: Its losses, all minimised; None if it failed.
-            parents: Keys of its parents; those that were never told count for nothing.
-            mutations: What made it of them, each one of `names`; none for what was sampled.
+            mutations: What made it of its parents, each one of `names`; none for what was sampled.
         """
-        if losses is not None:
-            self._losses[key] = tuple(losses)
-        if mutations:
-            known = [self._losses[parent] for parent in parents if parent in self._losses]
-            self._pending[key] = (tuple(mutations), 0.0 if losses is None else _reward(losses, known))
+        self._pending[key] = (tuple(mutations), None if losses is None else tuple(losses))
 
     def probabilities(self) -> Mapping[str, float]:
         """Return the probability of each mutation, with all that was learned taken in."""
+        told = [losses for _, losses in self._pending.values() if losses is not None]
+        if told:
+            known = np.array(sorted({*self._front, *told}))
+            self._front = [tuple(row) for row in known[non_dominated(known)].tolist()]
+        best = set(self._front)
         for key in sorted(self._pending):
-            mutations, reward = self._pending[key]
+            mutations, losses = self._pending[key]
+            reward = float(losses in best)
             for name in sorted(set(mutations)):
                 self._quality[name] += RATE * (reward - self._quality[name])
                 self._rewards[name].append(reward)
@@ -95,13 +102,3 @@ class MutationChoice:
             name: Tally(len(rewards), float(np.mean(rewards)) if rewards else 0.0, probabilities[name])
             for name, rewards in self._rewards.items()
         }
-
-
-def _reward(losses: Sequence[float], parents: Sequence[Sequence[float]]) -> float:
-    if any(_dominates(losses, parent) for parent in parents):
-        return 1.0
-    return 0.0 if any(_dominates(parent, losses) for parent in parents) else 0.5
-
-
-def _dominates(a: Sequence[float], b: Sequence[float]) -> bool:
-    return all(x <= y for x, y in zip(a, b, strict=True)) and any(x < y for x, y in zip(a, b, strict=True))

@@ -26,6 +26,20 @@ FAMILIES: Mapping[str, str] = {
 }
 
 
+# What has a state of constant size and no pool class of its own runs as a recurrence does.
+_STAND_INS: Mapping[str, int] = {
+    "attention": 1,
+    "recurrence": 5,
+    "linear_attention": 5,
+    "gated_linear_attention": 5,
+    "gated_delta_rule": 5,
+    "rg_lru": 5,
+    "short_conv": 7,
+    "long_conv": 8,
+    "memoryless": 9,
+}
+
+
 @dataclass(frozen=True)
 class Rail:
     """LIVs that share something: `members[0]` owns it, the others reuse it. Drawn as one arc with a stop at each."""
@@ -60,10 +74,19 @@ def base_class(liv_class: int) -> int:
     return liv_class - 9 if POOL[liv_class].differential else liv_class
 
 
+def shown_class(cls: LIVClass) -> int:
+    """Give the class of the pool that stands for a LIV: its own, or one that runs alike where its genes are its own."""
+    if POOL[cls.id].family == cls.family:
+        return cls.id
+    base = _STAND_INS[cls.family]
+    return base + 9 if cls.differential and base < 9 else base
+
+
 def liv_classes(genome: str) -> list[int]:
-    """List the classes of a genome's LIVs; none for a text that is no genome, as an INVALID candidate's may be."""
+    """List the classes that stand for a genome's LIVs; none for a text that is no valid genome, as an INVALID
+    candidate's may be."""
     try:
-        return [genes.liv_class for genes in Genome.parse(genome).livs]
+        return [shown_class(cls) for cls in Genome.parse(genome).classes]
     except ValueError:
         return []
 
@@ -211,7 +234,7 @@ def _draw_liv(position: int, cls: LIVClass, x: float, y: float, size: _Size) -> 
             label(name, x + 31, baseline, "name"),
             label(family, x + size.width - 9, baseline, "family", "end"),
         ]
-    return tag("g", *parts, style=f"--fill:var(--liv-{base_class(cls.id)})")
+    return tag("g", *parts, style=f"--fill:var(--liv-{base_class(shown_class(cls))})")
 
 
 def _count_lanes(lanes: Mapping[Rail, int]) -> int:

@@ -135,7 +135,7 @@ class GenomeParameter(ng.p.Parameter):  # type: ignore[misc]  # nevergrad ships 
         """
         if self.choice is not None:
             losses = tuple(map(float, self.losses)) if succeeded else None
-            self.choice.learn(self.value.hash, losses, self.parent_hashes, self.mutations)
+            self.choice.learn(self.value.hash, losses, self.mutations)
 
     # What nevergrad calls.
 

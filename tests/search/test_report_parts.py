@@ -14,7 +14,15 @@ from rich.console import Console
 
 from search.report import front_table, print_front, write_front_image
 from search.report_data import find_ancestors, follow_progress, read_run
-from search.report_drawing import Rail, assign_lanes, describe_genome, draw_genome, tensor_rails, weight_rails
+from search.report_drawing import (
+    Rail,
+    assign_lanes,
+    describe_genome,
+    draw_genome,
+    liv_classes,
+    tensor_rails,
+    weight_rails,
+)
 from search.report_metrics import column_for, format_seconds, list_facts
 from search.report_scatter import lower_left
 from search.store import Store
@@ -127,6 +135,20 @@ def test_drawings_are_sound_and_show_every_liv(small: bool) -> None:
             for tie in svg.iter(f"{space}text"):
                 assert 0 < float(tie.get("x", -1)) < width
                 assert 0 < float(tie.get("y", -1)) <= height
+
+
+def test_genes_beyond_the_papers_are_shown_by_what_runs_alike() -> None:
+    text = (
+        "11111[operator=12233]-11111[operator=12113]-10.1.1.1.1[operator=94141]-10.1.1.1.1[operator=91142]-"
+        "81111[operator=83211]-71111[K=311112]-16.1.1.1.1[taps=3]"
+    )
+    assert liv_classes(text) == [1, 5, 14, 9, 7, 8, 16]
+    assert liv_classes("11111-18.1.1.1.1") == liv_classes("no genome") == []
+    words = describe_genome(Genome.parse(text))
+    assert "ReLU-SA[operator=12233], Lin-SA[operator=12113], Diff-RG-LRU[operator=94141]" in words
+    svg = draw_genome(Genome.parse(text))
+    assert ">Lin-SA</text>" in svg
+    assert "LIV 4: GConv[operator=83211], short conv" in svg
 
 
 def test_rails_that_meet_have_lanes_of_their_own() -> None:

@@ -341,7 +341,7 @@ def test_mutations_that_pay_are_drawn_more_often():
         candidate.learn_outcome(True)
     tallies = parameter.choice.tallies()
     assert sum(tally.probability for tally in tallies.values()) == pytest.approx(1.0)
-    assert tallies["residual"].reward == 1.0
+    assert tallies["residual"].reward > 0.8
     others = [tally for name, tally in tallies.items() if name != "residual"]
     assert tallies["residual"].probability > 1.3 * max(tally.probability for tally in others)
 

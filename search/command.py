@@ -113,6 +113,12 @@ def parser() -> argparse.ArgumentParser:
         f"{RUNG_FACTOR} times as many, and so on (default: 1, all to the end)",
     )
     option(
+        "--inherit",
+        action="store_true",
+        help="begin a child's training with its parents' weights where it is built alike: cheaper, and biased, since "
+        "descendants train longer than newcomers; keeps the weights of all candidates until the search is over",
+    )
+    option(
         "--probe-steps",
         type=int,
         metavar="N",
@@ -320,11 +326,13 @@ def _go(settings: Settings, store: Store, workers: Workers, corpus: Corpus, cons
     report = LiveReport(store.root)
 
     def on_generation() -> None:
-        store.keep_front(settings.ranking)
+        # Whoever survives may become a parent, and not only the front does.
+        store.keep_front(settings.ranking, delete=not settings.inherit)
         report.update()
 
     with View(settings, console) as view:
         search(settings, store, workers, view, on_generation)
+    store.keep_front(settings.ranking)
     report.write()
     print_front(store.root, console)
     console.print(_gain(store.evaluations(), settings.ranking), highlight=False)

@@ -21,6 +21,7 @@ import torch
 
 from bench.harness import measure_model
 from search.data import Corpus
+from search.inherit import inherit_weights
 from search.settings import MEASURED, Settings
 from search.store import Status, read_json, write_json
 from search.train import DeadlineExceeded, Diverged, Flat, peak_rate, train
@@ -56,6 +57,7 @@ class Task:
         start: Training: go on after this step, from the checkpoint that is in `work` for it; from the beginning where
             there is none.
         stop: Training: stop after this step, and leave a checkpoint instead of the weights. None trains to the end.
+        parents: Hashes of the genomes that weights may be inherited from.
         replica: 0 for the search's own evaluation; above, for a repetition with another seed, which leaves no weights.
     """
 
@@ -68,6 +70,7 @@ class Task:
     start: int | None = None
     stop: int | None = None
     replica: int = 0
+    parents: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -87,7 +90,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one half of an evaluation ended; `curve` is filled by training alone. `cached`: taken from an earlier run."""
+    """How one half of an evaluation ended.
+
+    `curve` is filled by training alone. `cached`: taken from an earlier run. `inherited`: LIVs that began with a
+    parent's weights.
+    """
 
     status: Status
     metrics: dict[str, float]
@@ -95,6 +102,7 @@ class Outcome:
     error: str | None = None
     curve: tuple[tuple[int, float], ...] = ()
     cached: bool = False
+    inherited: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Return the outcome as JSON values."""
@@ -185,6 +193,7 @@ def _train(task: Task, started: float, report: Callable[[int, float], None] | No
         model.to(settings.device)
     except ValueError as error:
         return Outcome(Status.INVALID, {}, time.monotonic() - started, str(error))
+    inherited = inherit_weights(model, [_weights_of(task, parent) for parent in task.parents])
     deadline = started + settings.timeout_seconds
     probe = (settings.probe_steps, corpus.unigram_entropy() - PROBE_MARGIN) if settings.probe_steps else None
     config = settings.train_config()
@@ -209,13 +218,19 @@ def _train(task: Task, started: float, report: Callable[[int, float], None] | No
         peak = _peak_bytes(model, settings)
         reference_peak = _reference_peak_bytes(task, _model_config(task, corpus))
         metrics |= {"peak_memory_bytes": peak, "peak_memory_bytes_ratio": peak / reference_peak}
-    if task.stop is not None or task.replica:
-        return Outcome(Status.OK, metrics, time.monotonic() - started, curve=tuple(result.curve))
-    weights = task.work / f"{task.genome_hash}.safetensors"
-    temporary = weights.with_suffix(".new")
-    model.save(temporary)
-    temporary.replace(weights)
-    return Outcome(Status.OK, metrics, time.monotonic() - started, curve=tuple(result.curve))
+    if task.stop is None and not task.replica:
+        weights = task.work / f"{task.genome_hash}.safetensors"
+        temporary = weights.with_suffix(".new")
+        model.save(temporary)
+        temporary.replace(weights)
+    seconds = time.monotonic() - started
+    return Outcome(Status.OK, metrics, seconds, curve=tuple(result.curve), inherited=inherited)
+
+
+def _weights_of(task: Task, genome_hash: str) -> Path:
+    """Return where the weights of an earlier candidate are: beside the results, or among the best."""
+    name = f"{genome_hash}.safetensors"
+    return task.work / name if (task.work / name).exists() else task.work.parent / "best" / name
 
 
 def _measure(task: Task, started: float, report: Callable[[int, float], None] | None) -> Outcome:

@@ -36,6 +36,10 @@ from star_core.genome import POOL, Genome
 # More would not be told apart in the drawing; a run of 18 generations seldom needs as many.
 _MOST_ANCESTORS = 60
 _SHALLOW = 14
+_INHERITED = (
+    "Children began with their parents' weights where they are built alike: descendants have trained longer than "
+    "newcomers and baselines, and their losses are lower by that. "
+)
 
 
 def render_page(run: Run) -> str:
@@ -98,6 +102,7 @@ def _run_context(run: Run) -> dict[str, Any]:
         f"{f' ({run.stopped} of them to a lower rung)' if run.stopped else ''}, {failed} failed, "
         f"{len(run.front)} on the front. "
         f"{'' if run.front or not run.ranking.budget else sentence_without_front(run.candidates, run.ranking) + ' '}"
+        f"{_INHERITED if run.config.get('inherit') else ''}"
         f"{_count(len(run.baselines), 'baseline')} beside them. {format_seconds(seconds)} of work in all.",
         "machine": list_facts(config.get("machine") or {}),
         "settings": list_facts({key: value for key, value in config.items() if key not in ("machine", "objectives")}),

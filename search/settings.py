@@ -58,6 +58,7 @@ class Settings:
         warmup_steps: Steps of linear warm-up; None takes a tenth of all.
         rungs: With 2 or more, successive halving: a generation trains a part of its steps, the best third of it three
             times as many, and so on up to all of them at the last rung. 1 trains every candidate to the end.
+        inherit: Whether a child begins with its parents' weights where it is built alike; biased, see `search.inherit`.
         probe_steps: After so many steps, a training whose loss is not below what the tokens' frequencies alone would
             give is stopped; 0 for never.
         precision: "float32", or "bfloat16" for autocast in training.
@@ -97,6 +98,7 @@ class Settings:
     learning_rate: float | None = None
     warmup_steps: int | None = None
     rungs: int = 1
+    inherit: bool = False
     probe_steps: int = 0
     precision: Precision = "float32"
     measure_threads: int = 0
@@ -167,6 +169,8 @@ class Settings:
                 f"rungs: needs a step at the lowest of them, {RUNG_FACTOR} times as many at each next one and the "
                 f"{self.steps} steps of a training at the last, got {self.rungs}"
             )
+        if self.inherit and self.cache is not None:
+            raise SettingsError("inherit: can't go with a cache: a result then depends on the parents' weights")
         if self.probe_steps > self.steps:
             raise SettingsError(
                 f"probe_steps: needs at most the {self.steps} steps of a training, got {self.probe_steps}"
@@ -190,6 +194,8 @@ class Settings:
         for name, kinds in owners.items():
             if getattr(self, name) and self.workers not in kinds:
                 raise SettingsError(f"{name}: needs workers = {' or '.join(kinds)}, got {self.workers!r}")
+        if self.inherit and self.workers == "ray":
+            raise SettingsError("inherit: needs workers that see the run folder, where parents' weights are, got 'ray'")
 
     def _check_budget(self) -> None:
         try:

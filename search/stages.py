@@ -70,6 +70,7 @@ class Request:
             cached=outcome.cached,
             rungs=tuple(rungs),
             mutations=self.mutations,
+            inherited=outcome.inherited,
         )
 
 
@@ -248,7 +249,18 @@ class Stages:
         """Return one half of an evaluation."""
         seed = candidate_seed(self.settings.seed, request.genome_hash, request.replica)
         work = self.store.work
-        return Task(request.text, request.genome_hash, seed, self.settings, work, stage, replica=request.replica)
+        # A repetition is the unbiased one: it begins afresh.
+        parents = request.parents if self.settings.inherit and not request.replica else ()
+        return Task(
+            request.text,
+            request.genome_hash,
+            seed,
+            self.settings,
+            work,
+            stage,
+            replica=request.replica,
+            parents=parents,
+        )
 
     def _measure(self, request: Request) -> Outcome:
         task = self.task(request, "measure")
@@ -290,4 +302,4 @@ def _joined(trained: Outcome, measured: Outcome) -> Outcome:
     """Return the result of both stages; a candidate that could not be measured has failed."""
     seconds = trained.seconds + measured.seconds
     metrics = {**trained.metrics, **measured.metrics} if measured.status is Status.OK else {}
-    return Outcome(measured.status, metrics, seconds, measured.error, trained.curve, trained.cached)
+    return replace(trained, status=measured.status, metrics=metrics, seconds=seconds, error=measured.error)

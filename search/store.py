@@ -65,6 +65,7 @@ class Evaluation:
         rungs: With successive halving, what the training gave at each rung that it reached, lowest first; empty for a
             training in one go.
         mutations: Names of the changes that made it of its parents; empty at backbone level.
+        inherited: LIVs that began with a parent's weights.
     """
 
     genome: str
@@ -83,6 +84,7 @@ class Evaluation:
     cached: bool = False
     rungs: tuple[Mapping[str, float], ...] = ()
     mutations: tuple[str, ...] = ()
+    inherited: int = 0
 
 
 _SCHEMA = """
@@ -181,9 +183,12 @@ class Store:
         name = f"{evaluation.genome_hash}.safetensors"
         return (self.best / name).exists() or (self.work / name).exists()
 
-    def keep_front(self, ranking: Ranking) -> list[Evaluation]:
+    def keep_front(self, ranking: Ranking, *, delete: bool = True) -> list[Evaluation]:
         """Write front.json, move the front's weights to best/, and delete the weights of all others in the log.
 
+        Args:
+            ranking: How candidates are compared.
+            delete: Whether to do the last; otherwise the weights of who leaves the front go back to work/.
         Returns:
             The front, as `front_of` has it.
         """
@@ -200,14 +205,16 @@ class Store:
         for path in self.work.glob("*.safetensors"):
             if path.name in kept:
                 path.replace(self.best / path.name)
-            elif self._is_logged(path):
+            elif delete and self._is_logged(path):
                 path.unlink()
         for path in self.work.glob("*.checkpoint"):  # left by a driver that was killed
             if self._is_logged(path):
                 path.unlink()
         for path in self.best.glob("*.safetensors"):
-            if path.name not in kept:
+            if path.name not in kept and delete:
                 path.unlink()
+            elif path.name not in kept:
+                path.replace(self.work / path.name)
         return front
 
     def _is_logged(self, path: Path) -> bool:
@@ -353,6 +360,8 @@ def read_json(path: Path) -> Any:
 
 def _to_row(evaluation: Evaluation) -> tuple[Any, ...]:
     details: dict[str, Any] = {"cached": True} if evaluation.cached else {}
+    if evaluation.inherited:
+        details["inherited"] = evaluation.inherited
     if evaluation.rungs:
         details["rungs"] = [dict(metrics) for metrics in evaluation.rungs]
     if evaluation.mutations:
@@ -395,6 +404,7 @@ def _from_row(row: tuple[Any, ...]) -> Evaluation:
         cached=details.get("cached", False),
         rungs=tuple(details.get("rungs", ())),
         mutations=tuple(details.get("mutations", ())),
+        inherited=details.get("inherited", 0),
     )
 
 

@@ -21,6 +21,10 @@ _LEAST = 1 << 19
 _product: Callable[..., Tensor] | None = getattr(getattr(torch.ops, "mkldnn", None), "_linear_pointwise", None)
 
 
+_PLAIN = (Tensor, nn.Parameter)
+"""Quantised and distributed weights are of other classes, beside a dtype and a shape as these have."""
+
+
 class _Linear(torch.autograd.Function):
     """y = x W^T + b by oneDNN; the gradients are torch's products, which are as fast as its own."""
 
@@ -48,6 +52,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if (
         torch.compiler.is_compiling()
         or type(x) is not Tensor
+        or type(weight) not in _PLAIN
         or not (x.is_cpu and x.dtype == weight.dtype == torch.float32 and x.numel())
         or weight.numel() < _LEAST
         or _product is None
@@ -73,5 +78,6 @@ def inside(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
         if is_plain_linear(child) and "forward" not in child.__dict__:
             weight: Any = child.weight
-            if weight.is_cpu and weight.dtype == torch.float32 and weight.numel() >= _LEAST:
+            plain = type(weight) in _PLAIN and weight.is_cpu and weight.dtype == torch.float32
+            if plain and weight.numel() >= _LEAST:
                 yield name, child

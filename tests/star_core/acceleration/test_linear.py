@@ -44,6 +44,10 @@ def every_size(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return shapes
 
 
+class _Marked(Tensor):
+    """Stands for a quantised weight."""
+
+
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -91,6 +95,10 @@ def test_what_it_does_not_serve_is_torchs(every_size: list[tuple[int, ...]]) -> 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert _linear.linear(x, weight).dtype == torch.bfloat16
     assert _linear.linear(x[:0], weight).shape == (0, 4)
+    assert isinstance(_linear.linear(x, weight.as_subclass(_Marked)), _Marked)
+    layer = nn.ModuleList([nn.Linear(6, 4)])
+    layer[0].weight = nn.Parameter(weight.as_subclass(_Marked))  # type: ignore[assignment]
+    assert not list(_linear.inside(layer))
     torch.testing.assert_close(torch.func.vmap(lambda row: _linear.linear(row, weight))(x), x @ weight.t())
     assert not every_size
 

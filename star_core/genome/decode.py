@@ -90,7 +90,7 @@ def own_operator(liv: LIVGenes) -> OperatorGenome:
 def family_rule(liv: LIVGenes) -> FamilyRule | None:
     """Return the rules that a LIV is held against; None where no layer has the structure of its operator."""
     operator = own_operator(liv)
-    family = family_of(*_structure(operator), group_map(liv))
+    family = family_of(operator, group_map(liv))
     return None if family is None else RULES[family]
 
 
@@ -99,7 +99,7 @@ def _structure_faults(liv_class: int, extension: Extension) -> tuple[Fault, ...]
     """Return the genes of an extension that no layer can serve."""
     liv = LIVGenes(liv_class, extension=extension)
     operator, groups = own_operator(liv), group_map(liv)
-    own = family_of(*_structure(operator), groups)
+    own = family_of(operator, groups)
     if own is None:
         listed = ", ".join(FEATURIZERS[operator.featurizer_class].names)
         return (("operator", f"there is no layer with the token mixing of {operator} on the groups {listed}"),)
@@ -257,7 +257,7 @@ def _build(number: int, extension: Extension) -> LIVClass:
     if extension == Extension(residual=extension.residual):
         return replace(pool, residual=residual)
     operator, groups = own_operator(liv), group_map(liv)
-    family = family_of(*_structure(operator), groups)
+    family = family_of(operator, groups)
     assert family is not None
     banded = operator.sparsity is Sparsity.BANDED
     kind = _family_name(family)

@@ -16,7 +16,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from star_core.genome.featurizers import FeatureGroup
+from star_core.genome.featurizers import FEATURIZERS, FeatureGroup
+from star_core.genome.operators import OperatorGenome
 from star_core.genome.pool import Family
 from star_core.genome.structure import ChannelMixing, Nonlinearity, Sparsity, TokenMixing
 
@@ -115,27 +116,23 @@ RULES: Mapping[Family, FamilyRule] = MappingProxyType(
 """What each family's layers compute."""
 
 
-def family_of(
-    mixing: TokenMixing,
-    sparsity: Sparsity,
-    nonlinearity: Nonlinearity,
-    channels: ChannelMixing,
-    groups: Mapping[str, FeatureGroup],
-) -> Family | None:
+def family_of(operator: OperatorGenome, groups: Mapping[str, FeatureGroup]) -> Family | None:
     """Return the family that runs an operator on these feature groups; None if there is none."""
-    if "q" in groups:
+    names, mixing = FEATURIZERS[operator.featurizer_class].names, operator.token_mixing
+    if "q" in names:
         if mixing is TokenMixing.LOW_RANK:
-            plain = nonlinearity is Nonlinearity.NONE and sparsity is Sparsity.NONE
+            plain = operator.nonlinearity is Nonlinearity.NONE and operator.sparsity is Sparsity.NONE
             return "linear_attention" if plain else "attention"
         if mixing is TokenMixing.SEMI_SEPARABLE:
-            return "gated_delta_rule" if channels is ChannelMixing.DENSE else "gated_linear_attention"
+            dense = operator.channel_mixing is ChannelMixing.DENSE
+            return "gated_delta_rule" if dense else "gated_linear_attention"
         return None
-    if "K" in groups:
+    if "K" in names:
         if mixing is not TokenMixing.SCALED_TOEPLITZ:
             return None
-        explicit = groups["K"].sparsity is Sparsity.BANDED
-        return "short_conv" if explicit or sparsity is Sparsity.BANDED else "long_conv"
-    if "gate" in groups:
+        short = Sparsity.BANDED in (groups["K"].sparsity, operator.sparsity)
+        return "short_conv" if short else "long_conv"
+    if "gate" in names:
         families: Mapping[TokenMixing, Family] = {
             TokenMixing.DIAGONAL: "memoryless",
             TokenMixing.SEMI_SEPARABLE: "rg_lru",

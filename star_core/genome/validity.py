@@ -31,6 +31,9 @@ _KIND = {
     "rg_lru": "recurrent unit",
 }
 
+_REPAIRS = 6
+"""Passes over a genome's violations before what is still not in order gives way to a memoryless unit."""
+
 _Others = Sequence[tuple[LIVGenes, LIVClass | None]]
 """The other LIVs of a genome, each with its class; None where that is unknown."""
 
@@ -215,9 +218,9 @@ def goes_together(genome: Genome, position: int, liv: LIVGenes, sizes: SizeGenes
 def repair(genome: Genome, rng: np.random.Generator, sizes: SizeGenes | None = None) -> Genome:
     """Return a valid genome: `genome` itself if it is valid, or else one with the offending genes drawn anew.
 
-    The genes that `validate` names change and no others, with two exceptions: where no class would go together with all
-    that the LIV of an unknown class shares, its labels are drawn anew as well; and an extension that no layer can serve
-    is dropped.
+    The genes that `validate` names change and no others, with one exception: where no class would go together with all
+    that the LIV of an unknown class shares, its labels are drawn anew as well. Genes of an extension that no layer can
+    serve are dropped, so that the LIV has its class's.
 
     Args:
         genome: What to mend.
@@ -227,13 +230,16 @@ def repair(genome: Genome, rng: np.random.Generator, sizes: SizeGenes | None = N
         ValueError: `sizes` do not fit one another, so that no genome is valid.
     """
     # One pass mends all paper genes: each is drawn from values with which its LIV goes together with every other one.
-    # A second one is needed where a LIV without its extension meets others that share with it.
-    for attempt in range(5):
+    # More are needed where genes of an extension are dropped: first an operator, then groups that went with it, then
+    # what the LIV shares with others. Genomes that are not in order by then are rare.
+    for attempt in range(_REPAIRS + 2):
         violations = validate(genome, sizes)
         if not violations:
             return genome
-        for violation in violations:
-            genome = _reset(genome, violation) if attempt > 2 else _mend(genome, violation, rng, sizes)
+        # Sizes first, as LIVs may be in order with others; and each gene once, whatever is wrong with it.
+        of_sizes = [violation for violation in violations if violation.position < 0]
+        for violation in {(one.position, one.gene): one for one in of_sizes or violations}.values():
+            genome = _reset(genome, violation) if attempt >= _REPAIRS else _mend(genome, violation, rng, sizes)
     raise ValueError(f"sizes: no genome is valid with {sizes}: {violations[0].message}")
 
 
@@ -244,8 +250,7 @@ def _mend(genome: Genome, violation: Violation, rng: np.random.Generator, sizes:
         return replace(genome, sizes=replace(genome.sizes, **{gene: None}))
     if gene not in GENES:
         liv = genome.livs[position]
-        extension = replace(liv.extension or Extension(), residual=Residual(int(rng.integers(1, 4))))
-        return genome.with_liv(position, replace(liv, extension=extension if gene == "residual" else None))
+        return genome.with_liv(position, replace(liv, extension=_mended(liv.extension or Extension(), gene, rng)))
     if values := gene_values(genome, position, gene, sizes):
         return genome.with_gene(position, gene, int(rng.choice(values)))
     values = _classes_with(genome.livs[position].feature_strategy)
@@ -253,6 +258,18 @@ def _mend(genome: Genome, violation: Violation, rng: np.random.Generator, sizes:
     for label in ("featurizer_group", "feature_group"):
         genome = genome.with_gene(position, label, int(rng.choice(gene_values(genome, position, label, sizes))))
     return genome
+
+
+def _mended(extension: Extension, gene: str, rng: np.random.Generator) -> Extension:
+    """Return an extension without one of its genes, or with the norms elsewhere."""
+    if gene == "residual":
+        return replace(extension, residual=Residual(int(rng.integers(1, 4))))  # all but parallel, which the last is not
+    if gene == "head_dim":
+        return replace(extension, head_dim=None)
+    if gene != "operator":
+        return extension.without_group(gene)
+    # Without an operator of its own, a LIV's groups are at odds with its class's operator or sizes.
+    return replace(extension, operator=None) if extension.operator else Extension(residual=extension.residual)
 
 
 def _reset(genome: Genome, violation: Violation) -> Genome:

@@ -124,10 +124,14 @@ class GroupFeaturizer(nn.Module):
         if self.dense is not None:
             made |= self.dense(x, [name for name in self.dense.sizes if name in names])
         made |= {name: self.blocks[name](x) for name in names if name in self.blocks}
+        # Autocast has lists of its own for what runs in which dtype, and operators want their arguments alike.
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         for name in names:
+            group = made[name].to(dtype)
             if name in self.convs:
-                made[name] = self._conv(name)(made[name], state, f"conv_{name}", ragged)
-            made[name] = activated(made[name], self.groups[name].nonlinearity, self.groups[name].head)
+                group = self._conv(name)(group, state, f"conv_{name}", ragged)
+            made[name] = activated(group, self.groups[name].nonlinearity, self.groups[name].head).to(dtype)
         return made
 
 

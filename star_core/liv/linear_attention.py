@@ -20,6 +20,7 @@ from star_kernels import (
     gated_linear_attention_step,
 )
 
+_LEAST_NORMED = 4
 _DECAY_RANK = 16
 _DECAY_TEMPERATURE = 16.0
 
@@ -64,7 +65,9 @@ class LinearAttention(LIV):
         self.reuse = frozenset(reuse)
         names = ("q", "k", "v", "z") if gated else ("q", "k", "v")
         self.computed = tuple(name for name in names if name not in self.reuse)
-        self.norm = HeadNorm(value_dim, norm_eps)
+        # A norm of one channel would leave its sign alone: small heads are normed together.
+        self.normed = value_dim if value_dim >= _LEAST_NORMED else heads * value_dim
+        self.norm = HeadNorm(self.normed, norm_eps)
         self.out = OutputProjection(heads * value_dim, width)
 
     def forward(
@@ -92,7 +95,7 @@ class LinearAttention(LIV):
             o, final = self._scan(arguments, held, cu_seqlens_of(ragged))
         if state is not None:
             write(state, "memory", final)
-        y = self.norm(o).flatten(-2)
+        y = self.norm(torch.unflatten(o.flatten(-2), -1, (-1, self.normed))).flatten(-2)
         return self.out(y if gate is None else y * gate), shared
 
     def _arguments(self, x: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:

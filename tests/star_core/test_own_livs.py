@@ -185,6 +185,21 @@ def test_gradients_reach_the_new_tokens_through_a_cache(text: str) -> None:
             assert sum(gradient is not None and bool(gradient.any()) for gradient in gradients) > len(movable) // 2
 
 
+@pytest.mark.parametrize("text", FAMILIES.values(), ids=list(FAMILIES))
+def test_each_family_runs_in_bfloat16_and_under_autocast(text: str) -> None:
+    model = model_of(text)
+    tokens = tokens_for(0, 2, 9)
+    want = model(tokens).detach()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model.loss(tokens[:, :-1], tokens[:, 1:])
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    model.to(torch.bfloat16)
+    for got in (model(tokens).detach(), decoded(model, tokens, [4, 1, 4])):
+        # 8 bits of mantissa, through two LIVs and a norm of each; logits are of size 1
+        torch.testing.assert_close(got, want, rtol=0.0, atol=0.3)
+
+
 def test_canonical_genomes_are_the_same_networks() -> None:
     rng = np.random.default_rng(5)
     for seed in range(12):

@@ -302,6 +302,22 @@ def test_repair_redraws_the_gene_alone():
     assert drawn_residuals == {"residual=1", "residual=2", "residual=3"}
 
 
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("11111[operator=12223,q=121211,window=9]", "11111[operator=12223,window=9]"),
+        ("11111[operator=11123,q=321211,residual=3]", "11111[q=321211,residual=3]"),
+        ("11111[k=111214,q=321211]", "11111[q=321211]"),
+        ("11111[head_dim=7,window=3]", "11111[window=3]"),
+        ("31111[operator=32122,taps=3]", "31111[taps=3]"),
+        ("11111[q=111221,k=111221,operator=54111]", "11111[operator=54111]"),
+        ("width=36,head_dim=8;11111[window=3]", "head_dim=8;11111[window=3]"),
+    ],
+)
+def test_repair_drops_what_no_layer_can_serve_and_keeps_the_rest(text, want):
+    assert str(repair(Genome.parse(text), np.random.default_rng(0))) == want
+
+
 def test_repair_refuses_sizes_that_no_genome_fits():
     with pytest.raises(ValueError, match=r"sizes: no genome is valid with .*: width is 30; needs a multiple of"):
         repair(Genome.parse("11111"), np.random.default_rng(0), SizeGenes(width=30, head_dim=8))

@@ -112,14 +112,18 @@ def _ssd_gradients(
     )  # fmt: skip
     sums = torch.zeros(slots, heads, 3, dtype=starts.dtype, device=x.device)
     num_warps = 4 if gpu_of(x).backend == "hip" else 8
-    most_n = 16 if x.element_size() > 2 and gpu_of(x).units == "registers" else 32
-    options = _options(x, dt_softplus, cu_seqlens, size, 16, most_n)
+    tight = x.element_size() > 2 and gpu_of(x).units == "registers"
+    options = _options(x, dt_softplus, cu_seqlens, size, 16, 32)
     steps = (*x.stride(), *dt.stride(), A.stride(0), *strides(dt_bias, 1), *B.stride(), *C.stride())
-    launch(
-        ssd_head_gradients, (slots * heads,), dy, x, dt, A, dt_bias, B, C, z, D, cu_seqlens, starts, dends, dx, ddt, dz,
-        sums, length, chunks, count, heads, heads // groups, width, size, *dy.stride(), *steps, *strides(z, 4),
-        *strides(D, 1), num_warps=num_warps, **options,
-    )  # fmt: skip
+    edges = torch.empty(2, batch, length, heads, dtype=starts.dtype, device=x.device) if tight else None
+    for part in (1, 2, 3) if tight else (0,):
+        launch(
+            ssd_head_gradients, (slots * heads,), dy, x, dt, A, dt_bias, B, C, z, D, cu_seqlens, starts, dends, dx, ddt,
+            dz, sums, edges, length, chunks, count, heads, heads // groups, width, size, batch * length * heads,
+            *dy.stride(), *steps, *strides(z, 4), *strides(D, 1), PART=part, num_warps=num_warps, **options,
+        )  # fmt: skip
+    if tight:
+        options["BLOCK_N"] = 16
     slices, blocks_n = triton.cdiv(heads // groups, _HEADS), triton.cdiv(size, options["BLOCK_N"])
     shape = (slices, batch, length, groups, size)
     dtypes = (B.dtype, C.dtype) if slices == 1 else (starts.dtype, starts.dtype)

@@ -24,15 +24,21 @@ from star_kernels.recurrence.triton.ssd_kernels import steps, upstream
 
 @triton.jit(do_not_specialize=["length", "chunks", "count"])
 def ssd_head_gradients(
-    dy, x, dt, rate, bias, inward, outward, gate, skip, ends, starts, dends, dx, ddt, dgate, sums, length, chunks,
-    count, heads, heads_a_group, width, size, dy_batch, dy_token, dy_head, dy_channel, x_batch, x_token, x_head,
-    x_channel, dt_batch, dt_token, dt_head, rate_head, bias_head, inward_batch, inward_token, inward_group,
+    dy, x, dt, rate, bias, inward, outward, gate, skip, ends, starts, dends, dx, ddt, dgate, sums, edges, length,
+    chunks, count, heads, heads_a_group, width, size, edge, dy_batch, dy_token, dy_head, dy_channel, x_batch, x_token,
+    x_head, x_channel, dt_batch, dt_token, dt_head, rate_head, bias_head, inward_batch, inward_token, inward_group,
     inward_channel, outward_batch, outward_token, outward_group, outward_channel, gate_batch, gate_token, gate_head,
     gate_channel, skip_head,
     SOFTPLUS: tl.constexpr, VARLEN: tl.constexpr, ACC: tl.constexpr, CHUNK: tl.constexpr, BLOCK_P: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
-    """One program: a head in a chunk. dx, dz, ddt, and the chunk's part of the gradients of A, D and the bias."""
+    """One program: a head in a chunk. dx, dz, ddt, and the chunk's part of the gradients of A, D and the bias.
+
+    All at once (PART 0), or dz (1), dx (2) and then the rest (3), which takes up a number a token of each from `edges`:
+    with float32 parts as the factors of mma.sync, all at once spills 136 bytes, and dz with dx 16.
+    """
+    START: tl.constexpr = PART == 0 or PART == 1
+    END: tl.constexpr = PART == 0 or PART == 2
     program = tl.program_id(0).to(tl.int64)
     head, slot = program % heads, program // heads
     group = head // heads_a_group
@@ -66,61 +72,77 @@ def ssd_head_gradients(
     weight = 0.0
     if skip is not None:
         weight = tl.load(skip + head * skip_head).to(ACC)
-    for at_p in tl.range(0, width, BLOCK_P, disable_licm=True):
-        p = at_p + tl.arange(0, BLOCK_P)
-        m_p = inside[:, None] & (p < width)[None, :]
-        carried, pulled = tl.zeros([CHUNK, BLOCK_P], ACC), tl.zeros([CHUNK, BLOCK_P], ACC)
-        for at in tl.range(0, size, BLOCK_N, disable_licm=True):
-            n = at + tl.arange(0, BLOCK_N)
-            m_n, m_pn = inside[:, None] & (n < size)[None, :], (p < width)[:, None] & (n < size)[None, :]
-            where = (slot * heads + head) * width * size + p.to(tl.int64)[:, None] * size + n[None, :]
-            c = tl.load(outward + n[None, :] * outward_channel, mask=m_n, other=0.0)
-            carried = product(c, tl.trans(tl.load(starts + where, mask=m_pn, other=0.0)), carried)
-            b = tl.load(inward + n[None, :] * inward_channel, mask=m_n, other=0.0)
-            pulled = product(b, tl.trans(tl.load(dends + where, mask=m_pn, other=0.0)), pulled)
-        v = tl.load(x + p[None, :] * x_channel, mask=m_p, other=0.0)
-        plain, d = upstream(dy, gate, p[None, :] * dy_channel, p[None, :] * gate_channel, m_p, ACC)
-        carried *= start[:, None]
-        pulled *= until[:, None]
-        at_start += tl.sum(d.to(ACC) * carried, 1)
-        at_end += tl.sum(v.to(ACC) * pulled, 1)
-        if gate is not None:
-            before = poison_after(product(scores * step[None, :], clean(v), carried), v) + weight * v.to(ACC)
-            z = tl.load(gate + p[None, :] * gate_channel, mask=m_p, other=0.0).to(ACC)
-            tl.store(dgate + row[:, None] * width + p[None, :], plain.to(ACC) * before * silu_slope(z), mask=m_p)
-        # Loaded again, as a factor of a product is held by every warp: 32 of a thread's registers.
-        _plain, late = upstream(dy, gate, p[None, :] * dy_channel, p[None, :] * gate_channel, m_p, ACC)
-        dvalue = poison_before(product(tl.trans(scores), clean(late), pulled), late)
-        dvalue = dvalue * step[:, None] + weight * late.to(ACC)
-        tl.store(dx + row[:, None] * width + p[None, :], dvalue, mask=m_p)
-    # x and dy are loaded again, as two matrices over pairs of tokens above need more registers than there are.
-    pairs, dskip = tl.zeros([CHUNK, CHUNK], ACC), step * 0.0  # dy_i . x_j
-    for at_p in tl.range(0, width, BLOCK_P, disable_licm=True):
-        p = at_p + tl.arange(0, BLOCK_P)
-        m_p = inside[:, None] & (p < width)[None, :]
-        v = tl.load(x + p[None, :] * x_channel, mask=m_p, other=0.0)
-        plain, d = upstream(dy, gate, p[None, :] * dy_channel, p[None, :] * gate_channel, m_p, ACC)
-        pairs = product(d, tl.trans(v), pairs)
-        if skip is not None:
-            dskip += tl.sum(d.to(ACC) * v.to(ACC), 1)
-    inner = tl.where(causal(), scores * pairs, 0.0)
-    # x_j . dL/d(s_j x_j), and the gradient at the decay over the whole chunk
-    through = tl.sum(inner, 0) + at_end
-    across = tl.zeros([BLOCK_P, BLOCK_N], ACC)
-    for at_p in tl.range(0, width, BLOCK_P, disable_licm=True):
-        for at in tl.range(0, size, BLOCK_N, disable_licm=True):
-            p, n = at_p + tl.arange(0, BLOCK_P), at + tl.arange(0, BLOCK_N)
-            m_pn = (p < width)[:, None] & (n < size)[None, :]
-            where = (slot * heads + head) * width * size + p.to(tl.int64)[:, None] * size + n[None, :]
-            across += tl.load(starts + where, mask=m_pn, other=0.0) * tl.load(dends + where, mask=m_pn, other=0.0)
-    dlog = within(inner * step[None, :]) + passing(at_start, at_end * step)
-    dlog += last(start) * tl.sum(tl.sum(across, 1), 0)
-    dstep = (dlog * a + through) * slope
-    tl.store(ddt + row, dstep, mask=inside)
-    sums += (slot * heads + head) * 3
-    tl.store(sums, tl.sum(tl.where(inside, dlog * step, 0.0), 0))
-    tl.store(sums + 1, tl.sum(tl.where(inside, dstep, 0.0), 0))
-    tl.store(sums + 2, tl.sum(dskip, 0))
+    if PART != 3:
+        for at_p in tl.range(0, width, BLOCK_P, disable_licm=True):
+            p = at_p + tl.arange(0, BLOCK_P)
+            m_p = inside[:, None] & (p < width)[None, :]
+            carried, pulled = tl.zeros([CHUNK, BLOCK_P], ACC), tl.zeros([CHUNK, BLOCK_P], ACC)
+            for at in tl.range(0, size, BLOCK_N, disable_licm=True):
+                n = at + tl.arange(0, BLOCK_N)
+                m_n, m_pn = inside[:, None] & (n < size)[None, :], (p < width)[:, None] & (n < size)[None, :]
+                where = (slot * heads + head) * width * size + p.to(tl.int64)[:, None] * size + n[None, :]
+                if START:
+                    c = tl.load(outward + n[None, :] * outward_channel, mask=m_n, other=0.0)
+                    carried = product(c, tl.trans(tl.load(starts + where, mask=m_pn, other=0.0)), carried)
+                if END:
+                    b = tl.load(inward + n[None, :] * inward_channel, mask=m_n, other=0.0)
+                    pulled = product(b, tl.trans(tl.load(dends + where, mask=m_pn, other=0.0)), pulled)
+            v = tl.load(x + p[None, :] * x_channel, mask=m_p, other=0.0)
+            if START:
+                plain, d = upstream(dy, gate, p[None, :] * dy_channel, p[None, :] * gate_channel, m_p, ACC)
+                carried *= start[:, None]
+            if END:
+                pulled *= until[:, None]
+            if START:
+                at_start += tl.sum(d.to(ACC) * carried, 1)
+            if END:
+                at_end += tl.sum(v.to(ACC) * pulled, 1)
+            if START and gate is not None:
+                before = poison_after(product(scores * step[None, :], clean(v), carried), v) + weight * v.to(ACC)
+                z = tl.load(gate + p[None, :] * gate_channel, mask=m_p, other=0.0).to(ACC)
+                tl.store(dgate + row[:, None] * width + p[None, :], plain.to(ACC) * before * silu_slope(z), mask=m_p)
+            if END:
+                # Loaded again, as a factor of a product is held by every warp: 32 of a thread's registers.
+                _plain, late = upstream(dy, gate, p[None, :] * dy_channel, p[None, :] * gate_channel, m_p, ACC)
+                dvalue = poison_before(product(tl.trans(scores), clean(late), pulled), late)
+                dvalue = dvalue * step[:, None] + weight * late.to(ACC)
+                tl.store(dx + row[:, None] * width + p[None, :], dvalue, mask=m_p)
+    if PART == 1:
+        tl.store(edges + row, at_start, mask=inside)
+    if PART == 2:
+        tl.store(edges + edge + row, at_end, mask=inside)
+    if PART == 0 or PART == 3:
+        if PART == 3:
+            at_start = tl.load(edges + row, mask=inside, other=0.0)
+            at_end = tl.load(edges + edge + row, mask=inside, other=0.0)
+        # x and dy are loaded again, as two matrices over pairs of tokens above need more registers than there are.
+        pairs, dskip = tl.zeros([CHUNK, CHUNK], ACC), step * 0.0  # dy_i . x_j
+        for at_p in tl.range(0, width, BLOCK_P, disable_licm=True):
+            p = at_p + tl.arange(0, BLOCK_P)
+            m_p = inside[:, None] & (p < width)[None, :]
+            v = tl.load(x + p[None, :] * x_channel, mask=m_p, other=0.0)
+            plain, d = upstream(dy, gate, p[None, :] * dy_channel, p[None, :] * gate_channel, m_p, ACC)
+            pairs = product(d, tl.trans(v), pairs)
+            if skip is not None:
+                dskip += tl.sum(d.to(ACC) * v.to(ACC), 1)
+        inner = tl.where(causal(), scores * pairs, 0.0)
+        # x_j . dL/d(s_j x_j), and the gradient at the decay over the whole chunk
+        through = tl.sum(inner, 0) + at_end
+        across = tl.zeros([BLOCK_P, BLOCK_N], ACC)
+        for at_p in tl.range(0, width, BLOCK_P, disable_licm=True):
+            for at in tl.range(0, size, BLOCK_N, disable_licm=True):
+                p, n = at_p + tl.arange(0, BLOCK_P), at + tl.arange(0, BLOCK_N)
+                m_pn = (p < width)[:, None] & (n < size)[None, :]
+                where = (slot * heads + head) * width * size + p.to(tl.int64)[:, None] * size + n[None, :]
+                across += tl.load(starts + where, mask=m_pn, other=0.0) * tl.load(dends + where, mask=m_pn, other=0.0)
+        dlog = within(inner * step[None, :]) + passing(at_start, at_end * step)
+        dlog += last(start) * tl.sum(tl.sum(across, 1), 0)
+        dstep = (dlog * a + through) * slope
+        tl.store(ddt + row, dstep, mask=inside)
+        sums += (slot * heads + head) * 3
+        tl.store(sums, tl.sum(tl.where(inside, dlog * step, 0.0), 0))
+        tl.store(sums + 1, tl.sum(tl.where(inside, dstep, 0.0), 0))
+        tl.store(sums + 2, tl.sum(dskip, 0))
 
 
 @triton.jit(do_not_specialize=["length", "chunks", "count"])

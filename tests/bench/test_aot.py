@@ -16,6 +16,26 @@ from star_kernels._tuning import Run, variants
 
 SM_80, SM_90, _, GFX942 = TARGETS
 
+# Kernels whose sums are matrix products.
+MATRIX = {
+    "forward", "backward_queries", "backward_keys", "attend_parts", "convolutions", "tap_gradients", "ssd_states",
+    "ssd_outputs", "ssd_head_gradients", "ssd_group_gradients", "gla_states", "gla_mix", "gla_key_gradients",
+    "delta_prepare", "delta_states", "delta_outputs", "delta_pairs", "delta_gradients",
+}  # fmt: skip
+
+_TWO_CHANNELS = (
+    "a warp keeps its channels' states in registers, two channels a thread with all or many of their states, and runs "
+    "from token to token: of one it takes 4 or 8 bytes a thread; exponentials bind"
+)
+# Kernels without a load of 128 bits on some target, and why.
+NARROW = {
+    "selective_ends": _TWO_CHANNELS,
+    "selective_forward": _TWO_CHANNELS,
+    "selective_pulls": _TWO_CHANNELS,
+    "selective_backward": _TWO_CHANNELS,
+    "selective_carry": "rows of states begin at multiples of 8 bytes alone, which gives the other kernels two channels",
+}
+
 
 def test_occupancy_is_bounded_by_registers_shared_memory_and_warps() -> None:
     assert occupancy_of(SM_90, 4, 32, 0) == 100
@@ -113,6 +133,24 @@ def _held_against_the_committed_table(grid: list[tuple[int, str]], targets: list
         assert not aot.regressions(rows, committed)
     known = {(row.operator, row.kernel) for row in committed}
     assert {(row.operator, row.kernel) for row in rows} <= known, "run `python -m bench.aot --write`"
+
+
+def test_the_committed_table_keeps_to_what_is_wanted_of_every_kernel() -> None:
+    rows = aot.read(aot.COMMITTED)
+    targets = {one.name: one for one in TARGETS}
+    assert {row.target for row in rows} == set(targets)
+    assert {row.dtype for row in rows} == set(aot.DTYPES)
+    for row in rows:
+        label, target = f"{row.kernel} of {row.case} on {row.target}", targets[row.target]
+        assert row.binary.spill_bytes == 0, label
+        assert row.binary.shared_bytes <= target.most_shared, label
+        # A product of few rows takes Ampere's instruction on NVIDIA's later cards too.
+        few = "mfma" if target.backend == "hip" else "mma.sync"
+        wanted = {target.gpu.matrix, few} if row.kernel in MATRIX else {""}
+        assert row.binary.matrix in wanted, label
+        assert row.binary.wide_loads > 0 or row.kernel in NARROW, label
+    assert {row.kernel for row in rows} >= MATRIX
+    assert {row.kernel for row in rows if not row.binary.wide_loads} == set(NARROW)
 
 
 @pytest.mark.usefixtures("_triton_installed")

@@ -100,12 +100,21 @@ class Corpus:
                 )
 
     def batches(
-        self, split: Split, batch_size: int, seq_len: int, seed: int, steps: int, *, skip: int = 0
+        self,
+        split: Split,
+        batch_size: int,
+        seq_len: int,
+        seed: int,
+        steps: int,
+        *,
+        skip: int = 0,
+        rows: slice | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield `steps` pairs (tokens, targets), each [batch_size, seq_len], int64, from random places of `split`.
 
         Places are drawn with replacement, uniformly; targets are the tokens one place on. Equal arguments give equal
-        batches in any process. With `skip`, the first so many of the `steps` are left out, and the others as they were.
+        batches in any process. With `skip`, the first so many of the `steps` are left out, and the others as they were;
+        with `rows`, these of each batch are read alone.
 
         Raises:
             ValueError: an argument is out of range.
@@ -128,7 +137,7 @@ class Corpus:
             for step in range(steps):
                 places = torch.randint(len(stream) - seq_len, size, generator=generator)
                 if step >= skip:
-                    yield _windows(stream, places, seq_len)
+                    yield _windows(stream, places if rows is None else places[rows], seq_len)
 
         return draw()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +28,9 @@ RETRIES = 2
 """How often Ray begins a task anew whose node or process was lost."""
 
 POLL_SECONDS = 1.0
+
+CONNECT_SECONDS = 10.0
+"""How long an address may take to answer."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,7 @@ class RayWorkers:
         self._board = ray.remote(num_cpus=0, max_restarts=-1)(Board).remote()
 
     def _start(self, address: str | None) -> None:
+        _check(address)
         # Ray tells its makers how it is used, unless it is told not to.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         local: dict[str, Any] = {} if address else {"include_dashboard": False, "num_cpus": self._jobs or None}
@@ -121,13 +126,15 @@ class RayWorkers:
         return max(1, min(int(max(room)), self._jobs or int(max(room))))
 
     def _submit(self, running: _Running) -> None:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
         options: dict[str, Any] = {"num_cpus": 1, "num_gpus": self._gpus}
         if running.task.stage == "measure":
             # All of the node's CPUs, so that nothing of Ray's runs there meanwhile; always the same node, so that times
             # compare: this one, if it can be.
             here = self._ray.get_runtime_context().get_node_id()
             node = here if here in self._nodes else min(self._nodes)
-            pinned = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
+            pinned = NodeAffinitySchedulingStrategy(node, soft=False)
             options |= {"num_cpus": self._nodes[node]["CPU"], "scheduling_strategy": pinned}
         reference = self._remote.options(**options).remote(running.parcel, self._corpus, self._board)
         self._running[reference] = running
@@ -186,6 +193,19 @@ class RayWorkers:
             self._ray.cancel(reference, force=True)
         self._running.clear()
         self._ray.shutdown()
+
+
+def _check(address: str | None) -> None:
+    """Refuse an address at once that nothing answers at: Ray itself looks for two minutes."""
+    if address in (None, "auto"):
+        return
+    host, _, port = str(address).rpartition(":")
+    if not host or "/" in host or not port.isdigit():
+        raise SettingsError(f"ray_address: needs HOST:PORT or auto, got {address!r}")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise SettingsError(f"ray_address: nothing answers at {address}: {error.strerror or error}") from error
 
 
 def _first_line(error: Exception) -> str:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from search.ranking import COUNTED_BEFORE, Ranking, Term, contradiction
-from search.train import Precision, TrainConfig, peak_rate
+from search.train_config import Precision, TrainConfig, peak_rate
 from star_core import Genome, ModelConfig
 from star_core.genome import LEVELS, Level
 

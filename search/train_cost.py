@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from search.train import TrainConfig
+from search.train_config import TrainConfig
 from star_core import LanguageModel
 from star_core.genome import POOL
 

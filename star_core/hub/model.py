@@ -15,12 +15,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from star_core.backbone import Backbone
 from star_core.hub.cache import StarCache
 from star_core.hub.card import write_card
 from star_core.hub.config import StarConfig
 from star_core.hub.packing import PACKING, sequence_starts
 from star_core.liv._base import OutputProjection, init_linear_
-from star_core.model import Backbone, LanguageModel
+from star_core.model import LanguageModel
 from star_kernels import linear_cross_entropy
 
 

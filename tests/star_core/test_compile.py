@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from star_core import Genome, LanguageModel, ModelConfig
+from star_core.backbone import Backbone
 from star_core.genome import POOL
-from star_core.model import Backbone
 from star_kernels import which
 
 CONFIG = ModelConfig(width=32, head_dim=8, vocab_size=19, time_scale=64)

@@ -77,7 +77,7 @@ def run(settings: Settings, method: str, jobs: int) -> Trace:
     """Run one search in a temporary folder."""
     settings = dataclasses.replace(settings, jobs=jobs)
     with tempfile.TemporaryDirectory() as folder:
-        workers = make_workers(settings.workers)
+        workers = make_workers(settings)
         with Store(Path(folder)) as store, View(settings, Console(quiet=True)) as view:
             load_corpus(None).save(store.work)
 

@@ -123,5 +123,7 @@ def fault_search(root: Path, settings: Settings, do: Callable[[Task, Callable[[i
 
 
 if __name__ == "__main__":
-    settings = fault_settings(sys.argv[2], generations=int(sys.argv[3]))
-    fault_search(Path(sys.argv[1]), settings, do_moment)
+    from tests.search import fault_tasks  # by the name under which other processes find its functions
+
+    asked = fault_settings(sys.argv[2], generations=int(sys.argv[3]), timeout_seconds=600.0)
+    fault_search(Path(sys.argv[1]), asked, fault_tasks.do_moment)

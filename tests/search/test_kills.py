@@ -75,6 +75,7 @@ def check_kills(tmp_path: Path, kind: str, moments: int, generations: int) -> No
     assert names[0] == names[1]
 
 
+@pytest.mark.slow  # two minutes on a busy machine
 @pytest.mark.parametrize("kind", kinds("processes", "ray"))
 def test_three_kills_change_nothing(tmp_path: Path, kind: str) -> None:
     check_kills(tmp_path, kind, 3, 2)

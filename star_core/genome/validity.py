@@ -121,9 +121,14 @@ def validate(genome: Genome, sizes: SizeGenes | None = None) -> list[Violation]:
     Args:
         genome: What to look at.
         sizes: Of the model, where the genome leaves them open. Default: unknown, and what depends on them is in order.
+            What is valid with sizes is valid without them: a canonical form and a hash know of none.
     """
+    violations = _violations(genome, genome.sizes)
+    return violations if violations or sizes is None else _violations(genome, genome.sizes.over(sizes))
+
+
+def _violations(genome: Genome, known: SizeGenes) -> list[Violation]:
     violations: list[Violation] = []
-    known = genome.sizes if sizes is None else genome.sizes.over(sizes)
     violations.extend(_bad_sizes(known))
     featurizers: dict[int, LIVClass] = {}  # label -> class of the first LIV
     firsts: dict[int, int] = {}  # label -> first LIV

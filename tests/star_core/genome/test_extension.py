@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from star_core.genome import (
@@ -277,6 +277,7 @@ def test_sizes_of_the_model_are_no_part_of_the_genome():
 
 
 @settings(max_examples=200, deadline=None)
+@example(Genome.parse("11122-11122[head_dim=8]"), 0, SIZES)  # heads alike by the model's sizes alone
 @given(raw_genomes(), seeds, st.sampled_from([None, SIZES]))
 def test_repair_mends_and_is_idempotent(genome, seed, sizes):
     mended = repair(genome, np.random.default_rng(seed), sizes)

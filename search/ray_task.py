@@ -6,9 +6,13 @@ does the same ones.
 
 from __future__ import annotations
 
+import os
 import pickle
+import signal
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +33,9 @@ if TYPE_CHECKING:
 CORPUS = ("tokens.bin", "corpus.json")
 REFERENCE = "reference.json"
 """What `search.evaluate` counts once a run, and takes from the run folder afterwards."""
+
+WATCH_SECONDS = 0.5
+"""Time between two looks for the node's own process."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +94,9 @@ def do_task(parcel: Parcel, corpus: Files | None, board: Any) -> Delivery | None
     """
     # Or every candidate's process would run the file of Ray's own process again, which imports Ray.
     sys.modules["__main__"].__dict__.pop("__file__", None)
+    # A driver that is killed takes the Ray that it has started along at once, but Ray's processes look for it for a
+    # minute more, tried with 2.60.
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     start_server()
     task, care = pickle.loads(parcel.job)
     shared = _reads_same(task.work / "corpus.json", parcel.manifest)
@@ -142,6 +152,13 @@ def write_files(folder: Path, files: Files) -> None:
         temporary = folder / f"{name}.new"
         content.tofile(temporary)
         temporary.replace(folder / name)
+
+
+def _end_with(node: int) -> None:
+    """Wait until the node's own process is gone, then end this one; the candidate's ends with it."""
+    while os.getppid() == node:
+        time.sleep(WATCH_SECONDS)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _reads_same(path: Path, content: bytes) -> bool:

@@ -26,9 +26,10 @@ import numpy as np
 from rich.console import Console
 
 from bench.hardware import machine, short_name
+from search.box import dominated_share
 from search.data import load_corpus
 from search.driver import search
-from search.nsga2 import Archive, FloatArray, hypervolume
+from search.nsga2 import Archive, FloatArray
 from search.report_svg import label, picture, tag
 from search.settings import PRESETS, RUNG_FACTOR, Settings
 from search.store import Evaluation, Status, Store, write_json
@@ -38,7 +39,6 @@ from search.workers import make_workers
 OBJECTIVES = ("perplexity", "parameters", "cache_bytes")
 METHODS = ("nsga2", "random", "ga", "nsga2 with rungs")
 COLOURS = ("#c2410c", "#6b7280", "#15803d", "#1d4ed8")
-MARGIN = 1.1  # the reference point, in units of the box
 POINTS = 60  # of a curve
 
 
@@ -134,8 +134,7 @@ def curve_of(trace: Trace, counts: Sequence[int], low: FloatArray, high: FloatAr
             if losses is not None:
                 archive.add([losses], [None])
             done += 1
-        points = (archive.losses - low) / span
-        volumes.append(hypervolume(points, np.full(len(low), MARGIN)) / MARGIN ** len(low))
+        volumes.append(dominated_share((archive.losses - low) / span))
     return volumes
 
 

@@ -60,8 +60,15 @@ class Box:
             return 0.0
         # Only points inside the box count, and clipping below cannot happen: `low` is the best value there is.
         points = (_bend(_matrix(members, self.objectives), self.log_scaled) - self.low) / self._span
-        reference = np.full(len(self.objectives), REFERENCE_MARGIN)
-        return hypervolume(points, reference) / REFERENCE_MARGIN ** len(self.objectives)
+        return dominated_share(points)
+
+
+def dominated_share(points: FloatArray) -> float:
+    """Return the share of the space up to the reference point that points, [points, objectives], dominate, in a box
+    from 0 to 1."""
+    reference = np.full(points.shape[1], REFERENCE_MARGIN)
+    whole: float = REFERENCE_MARGIN ** points.shape[1]
+    return hypervolume(points, reference) / whole
 
 
 def _matrix(evaluations: Sequence[Evaluation], objectives: Sequence[str]) -> FloatArray:

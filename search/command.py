@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import errno
 import time
@@ -10,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 
@@ -18,6 +17,7 @@ from bench.harness import machine
 from search.data import Corpus, DataError, load_corpus
 from search.driver import search
 from search.optimizers import make_optimizer
+from search.options import Parser, UsageError
 from search.ranking import Ranking, Term
 from search.report import LiveReport, print_front
 from search.report_metrics import format_seconds
@@ -31,7 +31,6 @@ from search.settings import (
     WORKERS,
     Settings,
     SettingsError,
-    nearest,
 )
 from search.start import NAMES, read_starts
 from search.store import (
@@ -51,25 +50,12 @@ RUNS = Path("runs")
 """Where run folders go unless `--out` says otherwise."""
 
 
-class UsageError(Exception):
-    """A command line that asks for what can't be done; its text is one sentence for the person who typed it."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that says what is wrong in one sentence, and what may have been meant."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the parser; options that are not given are absent from what it returns, so that presets and
     `--resume` fill them."""
-    made = _Parser(
-        prog="python -m search.run",
-        description="Evolve sequence models for perplexity and for measured latency and memory on this machine.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
+    made = Parser(
+        "python -m search.run",
+        "Evolve sequence models for perplexity and for measured latency and memory on this machine.",
     )
     option = made.add_argument
     option("--preset", choices=list(PRESETS), help="settings to begin with (default: laptop)")
@@ -182,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     complain = Console(stderr=True)
     root: Path | None = None
     try:
-        given = _parse(argv)
+        given = parser().given(argv)
         if "cache" in given:
             given["cache"] = str(Path(given["cache"]).absolute())
         if "budget" in given:
@@ -193,7 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             _resume(root, given, console)
         else:
             _begin(root, _settings(given), console)
-    except (UsageError, SettingsError, RunFolderError, DataError) as error:
+    except (SettingsError, RunFolderError, DataError) as error:
         complain.print(f"error: {error}", soft_wrap=True, highlight=False, markup=False)
         return 2
     except OSError as error:
@@ -210,15 +196,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         complain.print(hint, soft_wrap=True, highlight=False, markup=False)
         return 130
     return 0
-
-
-def _parse(argv: Sequence[str] | None) -> dict[str, Any]:
-    made = parser()
-    values, unknown = made.parse_known_args(argv)
-    if unknown:
-        options = tuple(string for action in made._actions for string in action.option_strings)
-        raise UsageError(f"unknown option {unknown[0]!r}{nearest(unknown[0].split('=')[0], options)}")
-    return vars(values)
 
 
 def _names(text: str) -> tuple[str, ...]:

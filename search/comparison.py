@@ -12,7 +12,7 @@ from rich.table import Table
 
 from search.report_data import CURVE_POINTS, Run, box_of
 from search.report_metrics import Column, column_for, format_seconds
-from search.settings import RUNG_FACTOR
+from search.settings import at_rung
 from search.store import Evaluation, Front, Status
 
 _COLOURS = ("#1f6fd6", "#c2410c", "#15803d", "#7a3fb5", "#b3902a", "#a63a4f", "#0f8b8d", "#66758f")
@@ -86,10 +86,7 @@ def _group(run: Run) -> str:
 
 def _tokens(run: Run, candidate: Evaluation) -> int:
     """Return the tokens that a candidate was trained on."""
-    tokens = int(run.config["tokens"])
-    below = run.ranking.rungs - max(1, len(candidate.rungs))
-    trained: int = tokens // RUNG_FACTOR**below
-    return trained
+    return at_rung(int(run.config["tokens"]), max(1, len(candidate.rungs)) - 1, run.ranking.rungs)
 
 
 def terminal_comparison(standings: Sequence[Standing]) -> Table:

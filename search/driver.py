@@ -129,7 +129,7 @@ def _propose(
 
 def _rejected(request: Request, settings: Settings, store: Store, vocab_size: int) -> Evaluation | None:
     """Return the evaluation of a genome whose sizes break the budget; None for one that is to be trained, or was."""
-    known = store.find(request.genome.hash)
+    known = store.find(request.genome_hash)
     if known is not None:
         return known if known.status is Status.OVER_BUDGET else None
     try:

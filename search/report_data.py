@@ -22,7 +22,7 @@ import numpy as np
 from search.box import Box
 from search.nsga2 import FloatArray
 from search.ranking import Ranking
-from search.settings import RUNG_FACTOR
+from search.settings import at_rung
 from search.store import Evaluation, Front, Status, front_of, is_feasible, read_curves, read_evaluations
 
 Item = TypeVar("Item")
@@ -271,7 +271,7 @@ def compare_rungs(run: Run) -> list[Rung]:
         pairs = [(c.rungs[rung]["perplexity"], c.rungs[-1]["perplexity"]) for c in finished]
         found.append(
             Rung(
-                steps=steps // RUNG_FACTOR ** (rungs - 1 - rung),
+                steps=at_rung(steps, rung, rungs),
                 candidates=sum(len(c.rungs) > rung for c in run.candidates),
                 finished=len(finished),
                 correlation=spearman(*zip(*pairs, strict=True)) if len(pairs) >= 3 else None,

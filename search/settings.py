@@ -37,6 +37,12 @@ class SettingsError(ValueError):
     """A setting that no search can run with; its text is one sentence for the person who typed it."""
 
 
+def at_rung(whole: int, rung: int, rungs: int) -> int:
+    """Return how much of a whole training, in steps or tokens, is done at the end of a rung, from 0, of so many."""
+    shrunk: int = RUNG_FACTOR ** (rungs - 1 - rung)
+    return whole // shrunk
+
+
 @dataclass(frozen=True)
 class Settings:
     """Everything that decides what a search does; two runs with equal settings on equal data evaluate the same genomes.
@@ -231,7 +237,7 @@ class Settings:
     @property
     def rung_steps(self) -> tuple[int, ...]:
         """Training steps at which each rung ends, lowest first; the last one's are all."""
-        return tuple(self.steps // RUNG_FACTOR**above for above in reversed(range(self.rungs)))
+        return tuple(at_rung(self.steps, rung, self.rungs) for rung in range(self.rungs))
 
     @property
     def timed(self) -> bool:

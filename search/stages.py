@@ -38,7 +38,6 @@ class Request:
     parents: tuple[str, ...] = ()
     repaired: bool = False
     mutations: tuple[str, ...] = ()
-
     replica: int = 0
 
     @cached_property

@@ -12,15 +12,16 @@ import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from rich.console import Console
 
 from search.data import Corpus, DataError, load_corpus
+from search.options import Parser
 from search.report_metrics import format_seconds
-from search.settings import PRESETS, SettingsError, nearest
+from search.settings import PRESETS, SettingsError
 from search.start import NAMES, read_starts
 from search.store import RunFolderError, read_json, write_json
 from search.train import Diverged, TrainConfig, TrainResult, learning_rate
@@ -76,20 +77,10 @@ class Plan:
         return cls(**values | sizes | {"data": tuple(values["data"])})
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser that says what is wrong in one sentence."""
-
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(message)
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the parser; options that are not given are absent from what it returns."""
-    made = _Parser(
-        prog="python -m search.train",
-        description="Train one genome at scale. Under torchrun, weights are sharded over its processes.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
+    made = Parser(
+        "python -m search.train", "Train one genome at scale. Under torchrun, weights are sharded over its processes."
     )
     option = made.add_argument
     option(
@@ -145,12 +136,7 @@ def _complain(what: str) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> dict[str, Any]:
-    made = parser()
-    values, unknown = made.parse_known_args(argv)
-    if unknown:
-        options = tuple(string for action in made._actions for string in action.option_strings)
-        raise SettingsError(f"unknown option {unknown[0]!r}{nearest(unknown[0].split('=')[0], options)}")
-    given = vars(values)
+    given = parser().given(argv)
     if "out" not in given:
         raise SettingsError("--out: needs a folder for checkpoints and result")
     if given.get("save_every", 1) < 1:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -61,6 +63,11 @@ def is_step(x: Tensor, state: State | None, ragged: Ragged | None) -> bool:
 def cu_seqlens_of(ragged: Ragged | None) -> Tensor | None:
     """Return the boundaries between packed sequences; None where nothing is packed."""
     return None if ragged is None else ragged.cu_seqlens
+
+
+def with_reused(groups: Features, reused: Features | None, names: Collection[str]) -> Features:
+    """Return the named groups: those that a LIV has made, and the others as an earlier LIV returned them."""
+    return {name: groups[name] if name in groups else (reused or {})[name] for name in names}
 
 
 def state_dtype(dtype: torch.dtype) -> torch.dtype:

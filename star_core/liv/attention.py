@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from star_core.cache import State, StateSpec, append
-from star_core.liv._base import LIV, Features, OutputProjection, cu_seqlens_of, is_step
+from star_core.liv._base import LIV, Features, OutputProjection, cu_seqlens_of, is_step, with_reused
 from star_core.liv.featurizer import AttentionFeaturizer
 from star_core.ragged import Ragged
 from star_kernels import attention, attention_step, rotary
@@ -63,18 +63,12 @@ class Attention(LIV):
     ) -> tuple[Tensor, Features]:
         """See `LIV`. With a state, "k" and "v" hold every token so far: [B, offset + T, kv_heads, head_dim]."""
         groups = self.featurizer(x, self.computed, state, ragged)
-        if ragged is None:
-            positions = torch.arange(offset, offset + x.shape[1], device=x.device)
-        else:
-            positions = ragged.rotary_positions()
-        for name in ("q", "k"):
-            if name in groups:
-                groups[name] = rotary(groups[name], positions, base=self.rope_base)
+        groups |= rotated(groups, offset, ragged, self.rope_base)
         if state is not None:
             for name in ("k", "v"):
                 if name in groups:
                     groups[name] = append(state, name, groups[name], offset, ragged)
-        shared = {name: groups[name] if name in groups else (reused or {})[name] for name in ("k", "v")}
+        shared = with_reused(groups, reused, ("k", "v"))
         if is_step(x, state, ragged):
             length = None if ragged is None else ragged.positions + 1
             y = attention_step(groups["q"][:, 0], shared["k"], shared["v"], length=length)[:, None]
@@ -94,3 +88,14 @@ class Attention(LIV):
         spec = self.featurizer.state_spec(self.computed, batch_size)
         shape = (batch_size, max_length, self.kv_heads, self.head_dim)
         return spec | {name: StateSpec(shape, dtype, ("row", "token")) for name in ("k", "v") if name not in self.reuse}
+
+
+def rotated(groups: Features, offset: int, ragged: Ragged | None, base: float) -> Features:
+    """Return those of q and k, [B, T, heads, channels], that are in `groups`, rotated by their tokens' positions."""
+    made = {name: groups[name] for name in ("q", "k") if name in groups}
+    first = next(iter(made.values()))
+    if ragged is None:
+        positions = torch.arange(offset, offset + first.shape[1], device=first.device)
+    else:
+        positions = ragged.rotary_positions()
+    return {name: rotary(group, positions, base=base) for name, group in made.items()}

@@ -23,8 +23,7 @@ from star_core.liv.featurizer import (
 )
 from star_core.liv.groups import GroupFeaturizer
 from star_core.liv.memoryless import GatedMemoryless
-from star_core.liv.own import LIVShape, own_featurizer, own_liv
-from star_core.liv.recurrence import Recurrence
+from star_core.liv.own import LIVShape, inner_channels, own_featurizer, own_liv
 
 Featurizer = AttentionFeaturizer | RecurrenceFeaturizer | ConvolutionFeaturizer | MemorylessFeaturizer | GroupFeaturizer
 
@@ -74,13 +73,7 @@ def _kv_heads(liv: LIVClass, shape: LIVShape) -> int:
     return heads // repeat
 
 
-def _hidden(liv: LIVClass, shape: LIVShape, group: str) -> int:
-    if liv.family == "memoryless" and shape.ffn_width is not None:
-        return shape.ffn_width
-    return liv.featurizer[group].expansion * shape.width
-
-
-def _featurizer(liv: LIVClass, shape: LIVShape, computed: Collection[str]) -> Featurizer:
+def _featurizer(liv: LIVClass, shape: LIVShape, computed: Collection[str]) -> nn.Module:
     width = shape.width
     if liv.family == "attention":
         kv = _kv_heads(liv, shape)
@@ -89,12 +82,9 @@ def _featurizer(liv: LIVClass, shape: LIVShape, computed: Collection[str]) -> Fe
         taps = FEATURIZER_TAPS if toeplitz else 0
         return AttentionFeaturizer(width, heads, shape.head_dim, taps, norm_eps=shape.qk_norm_eps)
     if liv.family == "recurrence":
-        groups = [name for name in ("B", "C") if name in computed]
-        return RecurrenceFeaturizer(
-            width, _hidden(liv, shape, "x"), liv.featurizer["B"].expansion, groups, FEATURIZER_TAPS
-        )
+        return own_featurizer(liv, shape, computed)
     if liv.family == "memoryless":
-        return MemorylessFeaturizer(width, _hidden(liv, shape, "gate"))
+        return MemorylessFeaturizer(width, inner_channels(liv, shape))
     groups = [name for name in ("v", "B", "C") if name != "B" or name in computed]
     filter: ExplicitFilter | ImplicitFilter | None = None
     if "K" in computed:
@@ -118,10 +108,9 @@ def _liv(liv: LIVClass, shape: LIVShape, featurizer: nn.Module, reuse: Collectio
             rope_base=shape.rope_base,
         )
     if isinstance(featurizer, RecurrenceFeaturizer):
-        state_size = liv.featurizer["B"].expansion
-        return Recurrence(featurizer, width=width, inner=_hidden(liv, shape, "x"), state_size=state_size, reuse=reuse)
+        return own_liv(liv, shape, featurizer, reuse)
     if isinstance(featurizer, MemorylessFeaturizer):
-        return GatedMemoryless(featurizer, width=width, hidden=_hidden(liv, shape, "gate"))
+        return GatedMemoryless(featurizer, width=width, hidden=inner_channels(liv, shape))
     assert isinstance(featurizer, ConvolutionFeaturizer)
     if liv.family == "short_conv":
         return GatedShortConv(featurizer, width=width, taps=liv.featurizer["K"].expansion, reuse=reuse)

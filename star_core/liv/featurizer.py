@@ -104,7 +104,35 @@ class HeadNorm(nn.Module):
         return rms_norm(x, self.weight, eps=self.eps)
 
 
-class AttentionFeaturizer(nn.Module):
+def head_norms(names: Collection[str], head_dim: int, eps: float | None) -> nn.ModuleDict:
+    """Return a norm for each of q and k among `names`; none where `eps` is None."""
+    return nn.ModuleDict({} if eps is None else {name: HeadNorm(head_dim, eps) for name in ("q", "k") if name in names})
+
+
+class Convolved(nn.Module):
+    """What featurizers with short convolutions share: one for each of some groups, and their states.
+
+    Attributes:
+        convs: The convolutions by the name of their group.
+    """
+
+    convs: nn.ModuleDict
+
+    def state_spec(self, names: Collection[str], batch_size: int) -> dict[str, StateSpec]:
+        """States of the short convolutions of the named groups."""
+        return {f"conv_{name}": self._conv(name).state_spec(batch_size) for name in names if name in self.convs}
+
+    def convolved(self, name: str, group: Tensor, state: State | None, ragged: Ragged | None) -> Tensor:
+        """Return a group after its short convolution, or as it is where it has none."""
+        return self._conv(name)(group, state, f"conv_{name}", ragged) if name in self.convs else group
+
+    def _conv(self, name: str) -> ShortConv:
+        conv = self.convs[name]
+        assert isinstance(conv, ShortConv)
+        return conv
+
+
+class AttentionFeaturizer(Convolved):
     """Queries, keys and values of softmax attention, optionally through a short convolution each (classes 1 to 4).
 
     Args:
@@ -125,18 +153,7 @@ class AttentionFeaturizer(nn.Module):
         self.convs = nn.ModuleDict(
             {name: ShortConv(count * head_dim, taps) for name, count in heads.items()} if taps else {}
         )
-        self.norms = nn.ModuleDict(
-            {} if norm_eps is None else {name: HeadNorm(head_dim, norm_eps) for name in ("q", "k") if name in heads}
-        )
-
-    def state_spec(self, names: Collection[str], batch_size: int) -> dict[str, StateSpec]:
-        """States of the short convolutions of the named groups."""
-        return {f"conv_{name}": self._conv(name).state_spec(batch_size) for name in names if name in self.convs}
-
-    def _conv(self, name: str) -> ShortConv:
-        conv = self.convs[name]
-        assert isinstance(conv, ShortConv)
-        return conv
+        self.norms = head_norms(heads, head_dim, norm_eps)
 
     def forward(
         self, x: Tensor, names: Sequence[str], state: State | None, ragged: Ragged | None = None
@@ -144,8 +161,7 @@ class AttentionFeaturizer(nn.Module):
         """Return the named groups of `x` [B, T, width], each [B, T, heads, head_dim]."""
         groups: dict[str, Tensor] = self.project(x, names)
         for name in names:
-            if name in self.convs:
-                groups[name] = self._conv(name)(groups[name], state, f"conv_{name}", ragged)
+            groups[name] = self.convolved(name, groups[name], state, ragged)
         split = {name: torch.unflatten(group, -1, (self.heads[name], self.head_dim)) for name, group in groups.items()}
         if torch.is_grad_enabled() and "v" in split and len(split) > 1 and not (self.convs or self.norms):
             # A view of the product would keep q and k until the backward pass, which needs them rotated alone: 21 % of

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from star_core.cache import State, StateSpec
+from star_core.cache import State
 from star_core.genome import Nonlinearity
 from star_core.liv._base import init_linear_
-from star_core.liv.featurizer import ExplicitFilter, GroupLinear, ImplicitFilter, ShortConv
+from star_core.liv.featurizer import Convolved, ExplicitFilter, GroupLinear, ImplicitFilter, ShortConv
 from star_core.ragged import Ragged
 
 
@@ -84,7 +84,7 @@ class BandedFilter(nn.Module):
 Filter = ExplicitFilter | ImplicitFilter | RepeatedFilter | BandedFilter
 
 
-class GroupFeaturizer(nn.Module):
+class GroupFeaturizer(Convolved):
     """Feature groups that are each a dense, grouped or diagonal map of the residual stream, through a short
     convolution and a nonlinearity or not.
 
@@ -107,15 +107,6 @@ class GroupFeaturizer(nn.Module):
         )
         self.filter = filter
 
-    def state_spec(self, names: Collection[str], batch_size: int) -> dict[str, StateSpec]:
-        """States of the short convolutions of the named groups."""
-        return {f"conv_{name}": self._conv(name).state_spec(batch_size) for name in names if name in self.convs}
-
-    def _conv(self, name: str) -> ShortConv:
-        conv = self.convs[name]
-        assert isinstance(conv, ShortConv)
-        return conv
-
     def forward(
         self, x: Tensor, names: Sequence[str], state: State | None = None, ragged: Ragged | None = None
     ) -> dict[str, Tensor]:
@@ -128,9 +119,7 @@ class GroupFeaturizer(nn.Module):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         for name in names:
-            group = made[name].to(dtype)
-            if name in self.convs:
-                group = self._conv(name)(group, state, f"conv_{name}", ragged)
+            group = self.convolved(name, made[name].to(dtype), state, ragged)
             made[name] = activated(group, self.groups[name].nonlinearity, self.groups[name].head).to(dtype)
         return made
 

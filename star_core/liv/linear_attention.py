@@ -9,7 +9,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from star_core.cache import State, StateSpec, read, write
-from star_core.liv._base import LIV, Features, OutputProjection, cu_seqlens_of, init_linear_, is_step, state_dtype
+from star_core.liv._base import (
+    LIV,
+    Features,
+    OutputProjection,
+    cu_seqlens_of,
+    init_linear_,
+    is_step,
+    state_dtype,
+    with_reused,
+)
 from star_core.liv.featurizer import HeadNorm, init_step_sizes_
 from star_core.liv.groups import GroupFeaturizer
 from star_core.ragged import Ragged
@@ -83,7 +92,7 @@ class LinearAttention(LIV):
         groups = self.featurizer(x, self.computed, state, ragged)
         gate = groups.pop("z", None)
         groups = {name: group.unflatten(-1, self.heads[name]) for name, group in groups.items()}
-        shared = {name: groups[name] if name in groups else (reused or {})[name] for name in ("k", "v")}
+        shared = with_reused(groups, reused, ("k", "v"))
         copies = self.heads["q"][0] // self.heads["k"][0]
         k, v = (one if copies == 1 else one.repeat_interleave(copies, dim=2) for one in shared.values())
         arguments = self._arguments(x, groups["q"], k, v)

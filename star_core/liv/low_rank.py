@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from star_core.cache import State, StateSpec, append
 from star_core.genome import Nonlinearity
 from star_core.liv._band import append_to_band, view_of
-from star_core.liv._base import LIV, Features, OutputProjection, is_step
-from star_core.liv.featurizer import HeadNorm
+from star_core.liv._base import LIV, Features, OutputProjection, is_step, with_reused
+from star_core.liv.attention import rotated
+from star_core.liv.featurizer import head_norms
 from star_core.liv.groups import GroupFeaturizer
 from star_core.liv.pointwise import pointwise_attention
 from star_core.ragged import Ragged
-from star_kernels import attention, attention_step, rotary
+from star_kernels import attention, attention_step
 
 
 class LowRankAttention(LIV):
@@ -62,8 +63,7 @@ class LowRankAttention(LIV):
         self.reuse = frozenset(reuse)
         self.rope_base = rope_base
         self.computed = tuple(name for name in ("q", "k", "v") if name not in self.reuse)
-        normed = [] if norm_eps is None else [name for name in ("q", "k") if name in self.computed]
-        self.norms = nn.ModuleDict({name: HeadNorm(key_dim, norm_eps or 0.0) for name in normed})
+        self.norms = head_norms(self.computed, key_dim, norm_eps)
         self.out = OutputProjection(heads * value_dim, width)
 
     def forward(
@@ -83,7 +83,7 @@ class LowRankAttention(LIV):
                     groups[name] = append(state, name, groups[name], offset, ragged)
                 elif name in groups:
                     groups[name] = append_to_band(state, name, groups[name], offset, ragged)
-        shared = {name: groups[name] if name in groups else (reused or {})[name] for name in ("k", "v")}
+        shared = with_reused(groups, reused, ("k", "v"))
         q, k, v = groups["q"], shared["k"], shared["v"]
         view = view_of(x, k.shape[1], offset, ragged, self.window)
         if self.nonlinearity is not Nonlinearity.SOFTMAX:
@@ -99,15 +99,7 @@ class LowRankAttention(LIV):
         made = self.featurizer(x, self.computed, state, ragged)
         groups = {name: group.unflatten(-1, self.heads[name]) for name, group in made.items()}
         groups |= {name: norm(groups[name]) for name, norm in self.norms.items()}
-        if self.rope_base is not None:
-            if ragged is None:
-                positions = torch.arange(offset, offset + x.shape[1], device=x.device)
-            else:
-                positions = ragged.rotary_positions()
-            for name in ("q", "k"):
-                if name in groups:
-                    groups[name] = rotary(groups[name], positions, base=self.rope_base)
-        return groups
+        return groups if self.rope_base is None else groups | rotated(groups, offset, ragged, self.rope_base)
 
     def state_spec(self, batch_size: int, max_length: int, dtype: torch.dtype) -> dict[str, StateSpec]:
         """Keys and values of every token, or of the window, unless reused; the short convolutions' last inputs."""

@@ -64,7 +64,7 @@ def own_featurizer(liv: LIVClass, shape: LIVShape, computed: Collection[str]) ->
         swish = liv.featurizer["x"].nonlinearity is Nonlinearity.SWISH
         return RecurrenceFeaturizer(
             shape.width,
-            _inner(liv, shape),
+            inner_channels(liv, shape),
             liv.featurizer["B"].expansion,
             groups,
             liv.taps,
@@ -86,7 +86,7 @@ def own_liv(liv: LIVClass, shape: LIVShape, featurizer: nn.Module, reuse: Collec
         featurizer: What `own_featurizer` made for this class.
         reuse: Feature groups whose tensors come from an earlier LIV.
     """
-    width, inner = shape.width, _inner(liv, shape)
+    width, inner = shape.width, inner_channels(liv, shape)
     if isinstance(featurizer, RecurrenceFeaturizer):
         return Recurrence(featurizer, width=width, inner=inner, state_size=liv.featurizer["B"].expansion, reuse=reuse)
     if isinstance(featurizer, LRUFeaturizer):
@@ -133,7 +133,7 @@ def _heads(liv: LIVClass, shape: LIVShape) -> _Heads:
     return _Heads(heads, heads // repeat, key_dim, value_dim)
 
 
-def _inner(liv: LIVClass, shape: LIVShape) -> int:
+def inner_channels(liv: LIVClass, shape: LIVShape) -> int:
     """Return the channels of a LIV without heads."""
     if takes_ffn(liv) and shape.ffn_width is not None:
         return shape.ffn_width
@@ -149,7 +149,7 @@ def _spec(liv: LIVClass, shape: LIVShape, name: str) -> GroupSpec:
         head = heads.key_dim if name in ("q", "k") else heads.value_dim
         size = head * (heads.kv_heads if name in ("k", "v") else heads.heads)
     else:
-        head, size = 1, _inner(liv, shape)
+        head, size = 1, inner_channels(liv, shape)
     blocks = {
         ChannelMixing.DIAGONAL: shape.width,
         ChannelMixing.DENSE: 1,
@@ -163,9 +163,11 @@ def _spec(liv: LIVClass, shape: LIVShape, name: str) -> GroupSpec:
 
 def _filter(liv: LIVClass, shape: LIVShape) -> Filter:
     group = liv.featurizer["K"]
-    channels, remainder = divmod(_inner(liv, shape), group.repeat)
+    channels, remainder = divmod(inner_channels(liv, shape), group.repeat)
     if remainder:
-        raise ValueError(f"width: {liv.name} needs a multiple of {group.repeat} channels, got {_inner(liv, shape)}")
+        raise ValueError(
+            f"width: {liv.name} needs a multiple of {group.repeat} channels, got {inner_channels(liv, shape)}"
+        )
     made: Filter
     if group.sparsity is Sparsity.BANDED:
         made = ExplicitFilter(channels, group.expansion)

@@ -13,48 +13,30 @@ from star_core.genome.decode import faults, resolve
 from star_core.genome.extension import Extension, SizeGenes
 from star_core.genome.genes import GENES, LIVGenes
 from star_core.genome.pool import POOL, LIVClass
-from star_core.genome.structure import ChannelMixing, Residual
+from star_core.genome.structure import Residual
+from star_core.genome.violations import (
+    KIND,
+    MOST_STRATEGIES,
+    Size,
+    Violation,
+    bad_sizes,
+    faulty_class,
+    group_size,
+    mixed_classes,
+    mixed_features,
+    no_feature_strategy,
+    no_featurizer_strategy,
+    unknown_class,
+)
 
 if TYPE_CHECKING:
     from star_core.genome.backbone import Genome
-
-_MOST_STRATEGIES = max(len(cls.strategies) for cls in POOL.values())
-_KIND = {
-    "attention": "attention",
-    "recurrence": "recurrence",
-    "short_conv": "gated convolution",
-    "long_conv": "gated convolution",
-    "memoryless": "memoryless unit",
-    "linear_attention": "linear attention",
-    "gated_linear_attention": "linear attention",
-    "gated_delta_rule": "gated delta rule",
-    "rg_lru": "recurrent unit",
-}
 
 _REPAIRS = 6
 """Passes over a genome's violations before what is still not in order gives way to a memoryless unit."""
 
 _Others = Sequence[tuple[LIVGenes, LIVClass | None]]
 """The other LIVs of a genome, each with its class; None where that is unknown."""
-
-_Size = tuple[int, int, str]
-"""Expansion, repeat and form of a feature group; tensors of the same group name match where these do."""
-
-
-@dataclass(frozen=True, slots=True)
-class Violation:
-    """One thing that is wrong with a genome.
-
-    Attributes:
-        position: Of the LIV, from 0; -1 for the sizes of the model.
-        gene: Name of the gene that `repair` would change: one of `GENES`, of the fields of `Extension` or of
-            `SizeGenes`, or a feature group's name.
-        message: What is wrong and what is needed, in words.
-    """
-
-    position: int
-    gene: str
-    message: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +45,7 @@ class _Membership:
 
     kind: str
     differential: bool
-    sizes: tuple[tuple[str, _Size], ...]
+    sizes: tuple[tuple[str, Size], ...]
 
     def admits(self, other: _Membership) -> bool:
         """Whether both may be members of one label."""
@@ -73,33 +55,12 @@ class _Membership:
         return all(sizes.get(name, size) == size for name, size in self.sizes)
 
 
-def _size(cls: LIVClass, name: str) -> _Size:
-    group = cls.featurizer[name]
-    return group.expansion, group.repeat, _form(cls, name) if cls.own else ""
-
-
-def _form(cls: LIVClass, name: str) -> str:
-    """Say what the tensor of a group has of its LIV's own, beside expansion and repeat; nothing if it is as usual."""
-    parts = []
-    if name in ("k", "v"):
-        mixing = cls.operator.channel_mixing
-        if mixing is not ChannelMixing.GROUPED and cls.family != "gated_delta_rule":
-            parts.append("a single head" if mixing is ChannelMixing.DENSE else "heads of 1 channel")
-        elif cls.head_dim is not None:
-            parts.append(f"heads of {cls.head_dim} channels")
-    if cls.window is not None and name in ("k", "v", "K"):
-        parts.append(f"a window of {cls.window} tokens")
-    if name == "K" and (expansion := cls.featurizer["v"].expansion) > 1:
-        parts.append(f"{expansion} times the width's channels")
-    return " and ".join(parts)
-
-
 @lru_cache(maxsize=65_536)
 def _membership(cls: LIVClass, strategy: int) -> _Membership | None:
     """Return what a class brings to a label with this strategy; None where it shares nothing or is not the class's."""
     if not (names := cls.strategies.get(strategy)):
         return None
-    return _Membership(_KIND[cls.family], cls.differential, tuple((name, _size(cls, name)) for name in names))
+    return _Membership(KIND[cls.family], cls.differential, tuple((name, group_size(cls, name)) for name in names))
 
 
 def _class_of(liv: LIVGenes, sizes: SizeGenes) -> LIVClass | None:
@@ -129,39 +90,39 @@ def validate(genome: Genome, sizes: SizeGenes | None = None) -> list[Violation]:
 
 def _violations(genome: Genome, known: SizeGenes) -> list[Violation]:
     violations: list[Violation] = []
-    violations.extend(_bad_sizes(known))
+    violations.extend(bad_sizes(known))
     featurizers: dict[int, LIVClass] = {}  # label -> class of the first LIV
     firsts: dict[int, int] = {}  # label -> first LIV
     features: dict[int, dict[_Membership, int]] = {}  # label -> what a member brings -> first LIV
     for position, liv in enumerate(genome.livs):
         if liv.liv_class not in POOL:
-            violations.extend(_unknown_class(position, liv))
+            violations.extend(unknown_class(position, liv))
             continue
         cls = _class_of(liv, known)
         if cls is None:
-            violations.extend(_faulty_class(position, liv, known))
+            violations.extend(faulty_class(position, liv, known))
             continue
         if cls.residual is Residual.PARALLEL and position == len(genome) - 1:
             message = f"LIV {position}: residual is 4 (parallel); needs 1 to 3, as there is no next LIV"
             violations.append(Violation(position, "residual", message))
         if liv.featurizer_strategy != 1:
             if liv.featurizer_strategy != 2:
-                violations.append(_no_featurizer_strategy(position, liv))
+                violations.append(no_featurizer_strategy(position, liv))
             else:
                 first = firsts.setdefault(liv.featurizer_group, position)
                 if featurizers.setdefault(liv.featurizer_group, cls).weights != cls.weights:
-                    violations.append(_mixed_classes(position, first, genome.livs, known))
+                    violations.append(mixed_classes(position, first, genome.livs, known))
         if liv.feature_strategy != 1:
             own = _membership(cls, liv.feature_strategy)
             if own is None:
-                violations.append(_no_feature_strategy(position, liv, cls))
+                violations.append(no_feature_strategy(position, liv, cls))
                 continue
             members = features.setdefault(liv.feature_group, {})
             if all(own.admits(member) for member in members):
                 members.setdefault(own, position)
             else:
                 first = next(first for member, first in members.items() if not own.admits(member))
-                violations.append(_mixed_features(position, first, genome.livs, known))
+                violations.append(mixed_features(position, first, genome.livs, known))
     return violations
 
 
@@ -192,10 +153,18 @@ def gene_values(genome: Genome, position: int, gene: str, sizes: SizeGenes | Non
         raise ValueError(f"position: is {position}, needs 0 to {len(genome) - 1}")
     if gene not in GENES:
         raise ValueError(f"gene: is {gene!r}, needs one of {', '.join(GENES)}")
-    known = genome.sizes if sizes is None else genome.sizes.over(sizes)
+    values = _gene_values(genome, position, gene, genome.sizes)
+    if sizes is None:
+        return values
+    with_sizes = set(_gene_values(genome, position, gene, genome.sizes.over(sizes)))
+    return tuple(value for value in values if value in with_sizes)
+
+
+def _gene_values(genome: Genome, position: int, gene: str, known: SizeGenes) -> tuple[int, ...]:
+    """Return the values of one gene as `gene_values` does, for one set of sizes."""
     liv = genome.livs[position]
     cls = _class_of(liv, known)
-    others = [(other, _class_of(other, known)) for index, other in enumerate(genome.livs) if index != position]
+    others = _others(genome, position, known)
     labels = range(1, len(genome) + 1)
     if gene == "featurizer_group":
         return tuple(_featurizer_labels(cls, liv.featurizer_strategy, others, labels))
@@ -204,7 +173,7 @@ def gene_values(genome: Genome, position: int, gene: str, sizes: SizeGenes | Non
     if gene == "feature_group":
         return tuple(_feature_labels(cls, liv.feature_strategy, others, labels))
     if gene == "feature_strategy":
-        strategies = range(1, _MOST_STRATEGIES + 1) if cls is None else cls.strategies
+        strategies = range(1, MOST_STRATEGIES + 1) if cls is None else cls.strategies
         return tuple(s for s in strategies if any(_feature_labels(cls, s, others, [liv.feature_group])))
     candidates = ((number, _class_of(replace(liv, liv_class=number), known)) for number in POOL)
     return tuple(number for number, other in candidates if other is not None and _goes_together(liv, other, others))
@@ -212,12 +181,17 @@ def gene_values(genome: Genome, position: int, gene: str, sizes: SizeGenes | Non
 
 def goes_together(genome: Genome, position: int, liv: LIVGenes, sizes: SizeGenes | None = None) -> bool:
     """Whether `liv` is in order and goes together with all other LIVs of `genome` if it takes the place of one."""
-    known = genome.sizes if sizes is None else genome.sizes.over(sizes)
-    cls = _class_of(liv, known)
-    if cls is None or (cls.residual is Residual.PARALLEL and position == len(genome) - 1):
-        return False
-    others = [(other, _class_of(other, known)) for index, other in enumerate(genome.livs) if index != position]
-    return _goes_together(liv, cls, others)
+    for known in [genome.sizes] if sizes is None else [genome.sizes, genome.sizes.over(sizes)]:
+        cls = _class_of(liv, known)
+        if cls is None or (cls.residual is Residual.PARALLEL and position == len(genome) - 1):
+            return False
+        if not _goes_together(liv, cls, _others(genome, position, known)):
+            return False
+    return True
+
+
+def _others(genome: Genome, position: int, known: SizeGenes) -> _Others:
+    return [(other, _class_of(other, known)) for index, other in enumerate(genome.livs) if index != position]
 
 
 def repair(genome: Genome, rng: np.random.Generator, sizes: SizeGenes | None = None) -> Genome:
@@ -236,8 +210,9 @@ def repair(genome: Genome, rng: np.random.Generator, sizes: SizeGenes | None = N
     """
     # One pass mends all paper genes: each is drawn from values with which its LIV goes together with every other one.
     # More are needed where genes of an extension are dropped: first an operator, then groups that went with it, then
-    # what the LIV shares with others. Genomes that are not in order by then are rare.
-    for attempt in range(_REPAIRS + 2):
+    # what the LIV shares with others. Genomes that are not in order by then are rare: there each pass puts another LIV
+    # that is never to blame in the place of at least one, after one pass for the sizes.
+    for attempt in range(_REPAIRS + len(genome) + 2):
         violations = validate(genome, sizes)
         if not violations:
             return genome
@@ -286,14 +261,14 @@ def _reset(genome: Genome, violation: Violation) -> Genome:
 
 def _classes_with(strategy: int) -> tuple[int, ...]:
     """Return the classes that have this feature-group-sharing strategy, or all if none has it."""
-    return tuple(number for number, cls in POOL.items() if strategy in cls.strategies or strategy > _MOST_STRATEGIES)
+    return tuple(number for number, cls in POOL.items() if strategy in cls.strategies or strategy > MOST_STRATEGIES)
 
 
 def _goes_together(liv: LIVGenes, cls: LIVClass, others: _Others) -> bool:
     """Whether a LIV, taken to be of this class, has its strategies and no other forbids what it shares."""
     strategy = liv.feature_strategy
     return (
-        (strategy in cls.strategies or strategy > _MOST_STRATEGIES)
+        (strategy in cls.strategies or strategy > MOST_STRATEGIES)
         and any(_featurizer_labels(cls, liv.featurizer_strategy, others, [liv.featurizer_group]))
         and any(_feature_labels(cls, strategy, others, [liv.feature_group]))
     )
@@ -324,87 +299,3 @@ def _feature_labels(cls: LIVClass | None, strategy: int, others: _Others, labels
         if brought is not None and not own.admits(brought):
             taken.add(other.feature_group)
     yield from (label for label in labels if label not in taken)
-
-
-def _bad_sizes(sizes: SizeGenes) -> Iterator[Violation]:
-    """Yield what is wrong with the sizes of a model."""
-    if sizes.head_dim is not None and sizes.head_dim % 2:
-        yield Violation(-1, "head_dim", f"head_dim is {sizes.head_dim}; needs an even number")
-    elif sizes.head_dim is not None and sizes.width is not None and sizes.width % sizes.head_dim:
-        yield Violation(-1, "width", f"width is {sizes.width}; needs a multiple of head_dim = {sizes.head_dim}")
-
-
-def _faulty_class(position: int, liv: LIVGenes, sizes: SizeGenes) -> Iterator[Violation]:
-    """Yield what is wrong with a LIV that no layer can serve."""
-    for gene, words in faults(liv, sizes):
-        yield Violation(position, gene, f"LIV {position}: {words}")
-
-
-def _unknown_class(position: int, liv: LIVGenes) -> Iterator[Violation]:
-    """Yield what is wrong with a LIV whose class does not exist."""
-    message = f"LIV {position}: there is no class {liv.liv_class}; needs {min(POOL)} to {max(POOL)}"
-    yield Violation(position, "liv_class", message)
-    if liv.featurizer_strategy > 2:
-        yield _no_featurizer_strategy(position, liv)
-    if liv.feature_strategy > _MOST_STRATEGIES:
-        yield _no_feature_strategy(position, liv, None)
-
-
-def _no_featurizer_strategy(position: int, liv: LIVGenes) -> Violation:
-    message = (
-        f"LIV {position}: there is no featurizer-sharing strategy {liv.featurizer_strategy}; "
-        "needs 1 (none) or 2 (all weights)"
-    )
-    return Violation(position, "featurizer_strategy", message)
-
-
-def _no_feature_strategy(position: int, liv: LIVGenes, cls: LIVClass | None) -> Violation:
-    message = f"LIV {position}: there is no feature-group-sharing strategy {liv.feature_strategy}" + (
-        f" for {cls.name}; needs {_listed(cls)}" if cls else f"; needs 1 to {_MOST_STRATEGIES}"
-    )
-    return Violation(position, "feature_strategy", message)
-
-
-def _listed(cls: LIVClass) -> str:
-    """Return the strategies of a class in words, such as "1 (none), 2 (k), 3 (v) or 4 (k and v)"."""
-    words = [f"{number} ({' and '.join(names) or 'none'})" for number, names in cls.strategies.items()]
-    return " or ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
-
-
-def _mixed_classes(position: int, first: int, livs: Sequence[LIVGenes], sizes: SizeGenes) -> Violation:
-    name, first_name = (resolve(livs[index], sizes).name for index in (position, first))
-    message = (
-        f"LIV {position}: {name} cannot share featurizer weights with LIV {first}, {first_name}, "
-        f"under label {livs[position].featurizer_group}; needs the same class"
-    )
-    return Violation(position, "featurizer_group", message)
-
-
-def _mixed_features(position: int, first: int, livs: Sequence[LIVGenes], sizes: SizeGenes) -> Violation:
-    liv, other = livs[position], livs[first]
-    cls, other_cls = resolve(liv, sizes), resolve(other, sizes)
-    if _KIND[cls.family] != _KIND[other_cls.family]:
-        needs = f"another {_KIND[cls.family]}"
-    elif cls.differential != other_cls.differential:
-        needs = "a differential class" if cls.differential else "a class that is not differential"
-    else:
-        common = (
-            name
-            for name in cls.strategies[liv.feature_strategy]
-            if name in other_cls.strategies[other.feature_strategy]
-        )
-        name = next(name for name in common if _size(cls, name) != _size(other_cls, name))
-        (expansion, repeat, form), (other_expansion, other_repeat, other_form) = (
-            _size(one, name) for one in (cls, other_cls)
-        )
-        needs = (
-            f"{name} of one size, and has expansion {expansion} and repeat {repeat} against "
-            f"{other_expansion} and {other_repeat}"
-        )
-        if form != other_form:
-            needs = f"{name} of one form, and has {form or 'the usual one'} against {other_form or 'the usual one'}"
-    message = (
-        f"LIV {position}: {cls.name} cannot share feature groups with LIV {first}, {other_cls.name}, "
-        f"under label {liv.feature_group}; needs {needs}"
-    )
-    return Violation(position, "feature_group", message)

@@ -278,6 +278,7 @@ def test_sizes_of_the_model_are_no_part_of_the_genome():
 
 @settings(max_examples=200, deadline=None)
 @example(Genome.parse("11122-11122[head_dim=8]"), 0, SIZES)  # heads alike by the model's sizes alone
+@example(Genome.parse("width=48;11311-31211-31311"), 0, SIZES)  # more LIVs than one fit no width of the genome's own
 @given(raw_genomes(), seeds, st.sampled_from([None, SIZES]))
 def test_repair_mends_and_is_idempotent(genome, seed, sizes):
     mended = repair(genome, np.random.default_rng(seed), sizes)

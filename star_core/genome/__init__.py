@@ -11,7 +11,8 @@ from star_core.genome.operators import OperatorGenome
 from star_core.genome.pool import POOL, Family, LIVClass
 from star_core.genome.sharing import Sharing
 from star_core.genome.structure import ChannelMixing, Nonlinearity, Residual, Sparsity, TokenMixing
-from star_core.genome.validity import Violation, gene_values, repair, validate
+from star_core.genome.validity import gene_values, repair, validate
+from star_core.genome.violations import Violation
 from star_core.genome.variation import crossover, mutate, random_genome, vary
 
 __all__ = [

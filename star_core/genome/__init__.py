@@ -12,8 +12,8 @@ from star_core.genome.pool import POOL, Family, LIVClass
 from star_core.genome.sharing import Sharing
 from star_core.genome.structure import ChannelMixing, Nonlinearity, Residual, Sparsity, TokenMixing
 from star_core.genome.validity import gene_values, repair, validate
-from star_core.genome.violations import Violation
 from star_core.genome.variation import crossover, mutate, random_genome, vary
+from star_core.genome.violations import Violation
 
 __all__ = [
     "BASELINES",

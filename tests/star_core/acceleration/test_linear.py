@@ -56,6 +56,17 @@ def strided(x: Tensor) -> Tensor:
     return torch.stack([x, x], dim=-1)[..., 0]
 
 
+def test_rows_beyond_those_that_are_worth_it_go_to_the_blas(
+    every_size: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_linear, "_MOST_ROWS", 6)
+    weight = normal(4, WIDE)
+    for shape in ((6, WIDE), (2, 3, WIDE), (7, WIDE), (2, 4, WIDE)):
+        x = normal(*shape)
+        torch.testing.assert_close(_linear.linear(x, weight), F.linear(x, weight))
+    assert every_size == [(6, WIDE), (2, 3, WIDE)]
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(WIDE,), (1, WIDE), (3, 5, WIDE), (2, 1, 3, WIDE), (0, WIDE)], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])

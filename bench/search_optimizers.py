@@ -37,6 +37,9 @@ from search.view import View
 from search.workers import make_workers
 
 OBJECTIVES = ("perplexity", "parameters", "cache_bytes")
+LEAST = {"cache_bytes": 1024.0}
+"""What smaller values count as: a genome of memoryless units has no cache, and 0 has no logarithm."""
+
 METHODS = ("nsga2", "random", "ga", "nsga2 with rungs")
 COLOURS = ("#c2410c", "#6b7280", "#15803d", "#1d4ed8")
 POINTS = 60  # of a curve
@@ -106,9 +109,13 @@ def trace_of(candidates: Sequence[Evaluation], settings: Settings, method: str) 
         spent += settings.rung_steps[reached - 1] * per_step
         whole = candidate.status is Status.OK and reached == settings.rungs
         tokens.append(spent)
-        losses.append(tuple(math.log(candidate.metrics[name]) for name in OBJECTIVES) if whole else None)
+        losses.append(_logarithms(candidate) if whole else None)
     seconds = sum(candidate.seconds for candidate in candidates)
     return Trace(method, settings.seed, tuple(tokens), tuple(losses), seconds)
+
+
+def _logarithms(candidate: Evaluation) -> tuple[float, ...]:
+    return tuple(math.log(max(candidate.metrics[name], LEAST.get(name, 0.0))) for name in OBJECTIVES)
 
 
 def box_of(traces: Sequence[Trace]) -> tuple[FloatArray, FloatArray]:

@@ -46,6 +46,9 @@ def test_a_trace_counts_the_tokens_of_the_rungs_that_were_reached() -> None:
     assert trace.losses[1] == (math.log(7.0), math.log(1e6 + 1), math.log(1e4))
     whole = trace_of([candidate(0), candidate(1, Status.OOM)], settings_of("ga", 0, 12, 12, 3), "ga")
     assert [tokens // PER_STEP for tokens in whole.tokens] == [32, 64]
+    no_cache = dataclasses.replace(candidate(0), metrics=candidate(0).metrics | {"cache_bytes": 0.0})
+    losses = trace_of([no_cache], settings_of("ga", 0, 12, 12, 3), "ga").losses[0]
+    assert losses == (math.log(8.0), math.log(1e6), math.log(1024.0))
     assert [losses is not None for losses in whole.losses] == [True, False]
 
 

@@ -2,9 +2,9 @@
 
     python -m bench.search_optimizers [--seeds 5] [--generations 20] [--out bench/results/NAME]
 
-Each run is a search on the default text, of the smoke preset's sizes but for depth, by NSGA-II, by random search, by the
-genetic algorithm, and by NSGA-II with rungs, which gets as many more generations as bring its training tokens to the
-others'. Objectives are counted or trained, so that a run is the same on any machine: perplexity, parameters and
+Each run is a search on the default text, of the smoke preset's sizes but for depth: by NSGA-II, by random search, by
+the genetic algorithm, and by NSGA-II with rungs, which gets as many more generations as bring its training tokens to
+the others'. Objectives are counted or trained, so that a run is the same on any machine: perplexity, parameters and
 cache_bytes.
 Hypervolume is taken over tokens, in one box for all runs: between the best and the worst values of what lies on any
 run's front, on a logarithmic scale. Written are NAME.json, with the curve of every run, and NAME.svg, with the mean of

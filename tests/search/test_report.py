@@ -149,7 +149,11 @@ def test_pictures_and_figures_have_texts_for_those_who_cannot_see_them(page: Pag
 def test_every_colour_used_is_in_both_palettes(page_text: str) -> None:
     palette = (TEMPLATES / "palette.css").read_text()
     light, dark = (set(re.findall(r"(--[\w-]+):", part)) for part in palette.split("@media"))
-    used = set(re.findall(r"var\((--[\w-]+)\)", page_text.replace(get_plotlyjs(), ""))) - {"--fill"}
+    used = set(re.findall(r"var\((--[\w-]+)\)", page_text.replace(get_plotlyjs(), ""))) - {
+        "--fill",
+        "--series",
+        "--share",
+    }
     assert used <= light
     # The rest is meant for both themes.
     assert light - dark == {"--liv-ink", "--hatch"}
@@ -207,7 +211,7 @@ def test_axis_titles_hold_units(page: Page) -> None:
         "Decode time (× reference)",
         "Cache (KiB)",
         "Hypervolume (share of the box)",
-        "Generation (0 is the initial population)",
+        "Generation",
         "Share of all LIVs (%)",
         "Training step",
         "Training loss (nats per token)",
@@ -332,7 +336,7 @@ def test_values_over_several_powers_of_ten_get_log_axes(tmp_path: Path) -> None:
     write_synthetic_run(tmp_path, change=lambda m: {**m, "cache_bytes": m["cache_bytes"] ** 4}, failing=0.0)
     page = report_of(tmp_path)
     axes = json.loads(next(text for a, text in page.scripts if a.get("id") == "axes"))
-    assert {axis["title"].split(" (")[0] for axis in axes if axis["log"]} == {"Cache"}
+    assert {axis["title"].split(" (")[0] for axis in axes if axis["type"] == "log"} == {"Cache"}
     progress = follow_progress(read_run(tmp_path))
     assert progress is not None
     assert progress.log_scaled == {"cache_bytes"}

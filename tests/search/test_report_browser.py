@@ -218,6 +218,16 @@ def test_a_column_sorts_up_and_then_down(tab: Tab, page: Path) -> None:
             assert values == sorted(values, reverse=order == "descending")
 
 
+def test_titles_of_a_long_table_stay_in_sight(tab: Tab, page: Path) -> None:
+    tab.open(page, height=500)
+    tops = tab.run(
+        "const long = document.querySelector('.scroll.long'); long.scrollTo(200, 400);"
+        "const head = long.querySelector('th.sticky').getBoundingClientRect(), edge = long.getBoundingClientRect();"
+        "return [long.scrollTop, head.top - edge.top, head.left - edge.left]"
+    )
+    assert tops == [400, pytest.approx(0, abs=1.5), pytest.approx(0, abs=1.5)]
+
+
 def test_links_lead_where_they_say(tab: Tab, page: Path) -> None:
     tab.open(page)
     links = tab.driver.find_elements("css selector", "a[href]")

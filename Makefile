@@ -30,7 +30,8 @@ search: setup
 # The second run takes the Triton kernels through Triton's interpreter, which has to be chosen before they are imported.
 test: lint
 	$(PY) -m pytest
-	@if $(PY) -c 'import triton' 2>/dev/null; then TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/kernels -n 2; \
+	@if $(PY) -c 'import triton' 2>/dev/null; then TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/kernels -n 2 && \
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/star_core/test_graph_decoding.py -k triton -n 2; \
 	else echo "triton is not installed here: its kernels are not tested"; fi
 
 test-all: lint
@@ -56,6 +57,7 @@ ifdef DRY
 	TRITON_INTERPRET=1 $(PY) -m pytest bench/ -k 'rms_norm and D100' --star-backend triton --star-seconds 0 --star-json build/dry.json
 else
 	STAR_TEST_DEVICE=cuda $(PY) -m pytest tests/kernels
+	STAR_TEST_DEVICE=cuda $(PY) -m pytest tests/star_core/test_graph_decoding.py -k gpu
 	$(PY) -m pytest bench/ --quick --star-device cuda --star-json "bench/results/$$($(PY) -m bench.hardware)-quick.json"
 endif
 

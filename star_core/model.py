@@ -19,6 +19,7 @@ from star_core.backbone import Backbone
 from star_core.cache import Cache
 from star_core.config import ModelConfig
 from star_core.genome import Genome
+from star_core.graph_decoding import stepper
 from star_core.liv._base import OutputProjection
 from star_kernels import linear_cross_entropy
 
@@ -131,7 +132,7 @@ class LanguageModel(nn.Module):
         top_k: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Continue `prompt` by sampling.
+        """Continue `prompt` by sampling; on a GPU in steps that a captured graph replays (see `graph_decoding`).
 
         Args:
             prompt: [B, T], int64, T >= 1.
@@ -154,12 +155,12 @@ class LanguageModel(nn.Module):
         if max_new_tokens == 0:
             return prompt.clone()
         cache = self.new_cache(prompt.shape[0], prompt.shape[1] + max_new_tokens)
-        tokens, step = [prompt], prompt
-        for _ in range(max_new_tokens):
-            logits = self(step, cache)[:, -1]
-            step = _sample(logits, temperature, top_k, generator)
-            tokens.append(step)
-        return torch.cat(tokens, dim=1)
+        tokens, logits = [prompt], self(prompt, cache)[:, -1]
+        step = stepper(self, cache)
+        for _ in range(max_new_tokens - 1):
+            tokens.append(_sample(logits, temperature, top_k, generator))
+            logits = step(tokens[-1])
+        return torch.cat([*tokens, _sample(logits, temperature, top_k, generator)], dim=1)
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write weights, genome and sizes to one safetensors file."""

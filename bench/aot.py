@@ -25,6 +25,7 @@ from rich.table import Table
 
 import star_kernels
 from bench.binaries import TARGETS, Binary, Target, compile_for, identity
+from bench.cards import card_of, least_seconds
 from bench.cases import Case, build, cases
 from bench.work import Work, differentiated, work_of
 from star_kernels import _triton
@@ -82,7 +83,8 @@ EXTREMES: tuple[Case, ...] = (
 
 _ALL = (*CASES, *EXTREMES)
 _COLUMNS = (
-    "operator", "case", "kernel", "target", "warps", "registers", "spills", "shared", "occupancy", "loads", "matrix",
+    "operator", "case", "kernel", "target", "warps", "registers", "spills", "shared", "occupancy", "loads", "bytes",
+    "bound", "matrix",
 )  # fmt: skip
 
 
@@ -100,6 +102,7 @@ class Row:
         num_stages: Stages of pipelining.
         programs: Programs that the case starts.
         traffic: Bytes of the tensors it is given, over the bytes that the whole operator has to move.
+        bound: What bounds the whole operator at this size by the card's data sheet: "memory", "matrix" or "vector".
         binary: What was read off the binary.
     """
 
@@ -112,14 +115,15 @@ class Row:
     num_stages: int
     programs: int
     traffic: float
+    bound: str
     binary: Binary
 
 
-def launches_of(case: Case, target: Target) -> list[tuple[_triton.Launch, float]]:
-    """Return what a case launches on a target, forward and backward, each kernel once, with its traffic."""
+def launches_of(case: Case, target: Target) -> tuple[list[tuple[_triton.Launch, float]], Work]:
+    """Return a case's work, and what it launches on a target, forward and backward: each kernel once, and traffic."""
     launches, work = _record(case, target.gpu)
     distinct = {identity(one): one for one in launches}
-    return [(one, _bytes(one) / work.bytes) for one in distinct.values()]
+    return [(one, _bytes(one) / work.bytes) for one in distinct.values()], work
 
 
 def launch_count(case: Case) -> tuple[int, Work]:
@@ -151,22 +155,29 @@ def _bytes(launch: _triton.Launch) -> int:
 def compile_case(case: Case, targets: Sequence[Target]) -> list[Row]:
     """Compile every kernel of a case for every target."""
     dtype = str(case.dtype).removeprefix("torch.")
-    return [
-        Row(
-            operator=case.operator,
-            case=case.name,
-            dtype=dtype,
-            kernel=launch.kernel.__name__,
-            target=target.name,
-            num_warps=launch.num_warps,
-            num_stages=launch.num_stages,
-            programs=math.prod(launch.grid),
-            traffic=round(traffic, 3),
-            binary=compile_for(launch, target),
-        )
-        for target in targets
-        for launch, traffic in launches_of(case, target)
-    ]
+    rows = []
+    for target in targets:
+        launches, work = launches_of(case, target)
+        card = card_of(target.card)
+        assert card is not None
+        _, bound = least_seconds(work, case.dtype, card, launches=0)
+        rows += [
+            Row(
+                operator=case.operator,
+                case=case.name,
+                dtype=dtype,
+                kernel=launch.kernel.__name__,
+                target=target.name,
+                num_warps=launch.num_warps,
+                num_stages=launch.num_stages,
+                programs=math.prod(launch.grid),
+                traffic=round(traffic, 3),
+                bound=bound,
+                binary=compile_for(launch, target),
+            )
+            for launch, traffic in launches
+        ]
+    return rows
 
 
 def grid_of(chosen: Iterable[Case], dtypes: Iterable[str] = DTYPES) -> list[tuple[int, str]]:
@@ -211,6 +222,19 @@ def write(rows: Sequence[Row], path: Path) -> None:
     path.write_text(f'{{"triton": "{triton.__version__}", "rows": [\n{lines}\n]}}\n')
 
 
+def merged(new: Sequence[Row], old: Sequence[Row]) -> list[Row]:
+    """Return the old table with the new rows in the places of those of their case, dtype and target; others last."""
+
+    def group(row: Row) -> tuple[str, ...]:
+        return row.operator, row.case, row.dtype, row.target
+
+    groups: dict[tuple[str, ...], list[Row]] = {group(row): [] for row in (*old, *new)}
+    renewed = {group(row) for row in new}
+    for row in (*(row for row in old if group(row) not in renewed), *new):
+        groups[group(row)].append(row)
+    return [row for rows in groups.values() for row in rows]
+
+
 def regressions(new: Iterable[Row], old: Iterable[Row]) -> list[str]:
     """Say what became worse: spills, a tenth more registers or shared memory, lost wide loads, other instructions."""
     # A kernel may be compiled more than once for a case, such as forward and backward in time: in the same order.
@@ -229,11 +253,16 @@ def regressions(new: Iterable[Row], old: Iterable[Row]) -> list[str]:
         for name in ("registers", "shared_bytes"):
             if getattr(now, name) > 1.1 * getattr(before, name) + 8:
                 found.append(f"{label}: {name} {getattr(before, name)} to {getattr(now, name)}")
-        if before.wide_loads and not now.wide_loads:
-            found.append(f"{label}: no load is 128 bits wide any more")
+        if is_wide(before) and not is_wide(now):
+            found.append(f"{label}: {now.wide_bytes} of {now.load_bytes} bytes by loads of 128 bits, a smaller part")
         if now.matrix != before.matrix:
             found.append(f"{label}: matrix instructions {before.matrix or 'none'} to {now.matrix or 'none'}")
     return found
+
+
+def is_wide(binary: Binary) -> bool:
+    """Return whether a kernel loads the greater part of its bytes 128 bits a thread at a time."""
+    return 2 * binary.wide_bytes > binary.load_bytes
 
 
 def _key(row: Row) -> tuple[Any, ...]:
@@ -248,7 +277,10 @@ def _show(rows: Sequence[Row], console: Console) -> None:
         one = row.binary
         numbers = row.num_warps, one.registers, one.spill_bytes, one.shared_bytes, f"{one.occupancy} %"
         loads = f"{one.wide_loads} of {one.loads} wide"
-        table.add_row(row.operator, row.case, row.kernel, row.target, *map(str, numbers), loads, one.matrix)
+        share = f"{100 * one.wide_bytes // max(one.load_bytes, 1)} % wide"
+        table.add_row(
+            row.operator, row.case, row.kernel, row.target, *map(str, numbers), loads, share, row.bound, one.matrix
+        )  # fmt: skip
     console.print(table)
 
 
@@ -260,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--target", action="append", choices=[one.name for one in TARGETS], help="this GPU alone")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="this dtype alone")
     parser.add_argument("--jobs", type=int, default=2, help="processes (%(default)s)")
-    parser.add_argument("--write", action="store_true", help=f"replace {COMMITTED.name}")
+    parser.add_argument("--write", action="store_true", help=f"replace what was compiled in {COMMITTED.name}")
     options = parser.parse_args(arguments)
     chosen = [case for case in CASES if not options.operator or case.operator in options.operator]
     extremes = [case for case in EXTREMES if not options.operator or case.operator in options.operator]
@@ -276,7 +308,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for line in worse:
         console.print(line)
     if options.write:
-        write(rows, COMMITTED)
+        whole = not (options.operator or options.target or options.dtype)
+        write(rows if whole else merged(rows, read(COMMITTED)), COMMITTED)
     return int(bool(worse))
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench.loads import loads_of
 from star_kernels._triton import OPTIONS, Gpu, Launch
 
 _NAMES = {
@@ -25,6 +26,8 @@ _NAMES = {
     torch.bool: "i1",
 }
 
+_CUDA_MATRIX = {"tcgen05.mma": "tcgen05", "wgmma.mma": "wgmma", "mma.sync": "mma.sync"}
+
 
 @dataclass(frozen=True)
 class Target:
@@ -34,6 +37,7 @@ class Target:
         name: As tables show it.
         backend: "cuda" or "hip".
         arch: Compute capability times 10, or AMD's name.
+        card: The one of `bench.cards` whose data sheet says what binds there.
         warp: Threads of a warp.
         warps: Warps that a multiprocessor holds.
         registers: 32-bit registers of a multiprocessor.
@@ -45,6 +49,7 @@ class Target:
     name: str
     backend: str
     arch: int | str
+    card: str
     warp: int
     warps: int
     registers: int
@@ -61,10 +66,10 @@ class Target:
 # CUDA C++ programming guide, table of technical specifications; AMD CDNA 3 instruction set guide (four SIMDs of eight
 # waves; 512 registers a lane, vector and accumulation registers together).
 TARGETS = (
-    Target("sm_80", "cuda", 80, 32, 64, 65536, 8, 164 * 1024, 163 * 1024),
-    Target("sm_90", "cuda", 90, 32, 64, 65536, 8, 228 * 1024, 227 * 1024),
-    Target("sm_100", "cuda", 100, 32, 64, 65536, 8, 228 * 1024, 227 * 1024),
-    Target("gfx942", "hip", "gfx942", 64, 32, 4 * 512 * 64, 8, 64 * 1024, 64 * 1024),
+    Target("sm_80", "cuda", 80, "A100", 32, 64, 65536, 8, 164 * 1024, 163 * 1024),
+    Target("sm_90", "cuda", 90, "H100", 32, 64, 65536, 8, 228 * 1024, 227 * 1024),
+    Target("sm_100", "cuda", 100, "B200", 32, 64, 65536, 8, 228 * 1024, 227 * 1024),
+    Target("gfx942", "hip", "gfx942", "MI300X", 64, 32, 4 * 512 * 64, 8, 64 * 1024, 64 * 1024),
 )
 
 
@@ -79,6 +84,8 @@ class Binary:
         occupancy: Share of the warps that a multiprocessor could hold, in percent.
         loads: Load instructions from global memory.
         wide_loads: Those of them that are 128 bits a thread.
+        load_bytes: Bytes of the tiles that these load, see `bench.loads`.
+        wide_bytes: Those of them that wide instructions load.
         matrix: The matrix instructions' name; empty if there are none.
     """
 
@@ -88,6 +95,8 @@ class Binary:
     occupancy: int
     loads: int
     wide_loads: int
+    load_bytes: int
+    wide_bytes: int
     matrix: str
 
 
@@ -143,13 +152,15 @@ def compile_for(launch: Launch, target: Target) -> Binary:
     compiled = triton.compile(source_of(launch), target=gpu, options=options)
     if target.backend == "cuda":
         registers, spills = _cuda_usage(compiled.asm["cubin"])
-        found = _cuda_instructions(compiled.asm["ptx"])
+        matrix = _first(compiled.asm["ptx"], _CUDA_MATRIX)
     else:
         registers, spills = _amd_usage(compiled.asm["amdgcn"])
-        found = _amd_instructions(compiled.asm["amdgcn"])
+        matrix = _first(compiled.asm["amdgcn"], {"v_mfma": "mfma"})
     shared = int(compiled.metadata.shared)
     occupancy = occupancy_of(target, launch.num_warps, registers, shared)
-    return Binary(registers, spills, shared, occupancy, *found)
+    found = loads_of(compiled.asm, target.backend)
+    loads = found.count, found.wide, found.bytes, found.wide_bytes
+    return Binary(registers, spills, shared, occupancy, *loads, matrix)
 
 
 def occupancy_of(target: Target, warps: int, registers: int, shared: int) -> int:
@@ -175,12 +186,6 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int]:
     return int(usage[1]), int(usage[2])
 
 
-def _cuda_instructions(ptx: str) -> tuple[int, int, str]:
-    loads = re.findall(r"^\s*(?:@!?%p\d+ )?(?:ld\.global|cp\.async\.c[ag])\S*.*$", ptx, re.MULTILINE)
-    wide = [line for line in loads if re.search(r"\.v4\.[bfu]32|\.v2\.[bfu]64|\.v8\.|\], 0x10, |, 16, ", line)]
-    return len(loads), len(wide), _first(ptx, {"tcgen05.mma": "tcgen05", "wgmma.mma": "wgmma", "mma.sync": "mma.sync"})
-
-
 def _amd_usage(text: str) -> tuple[int, int]:
     def number(field: str) -> int:
         found = re.search(rf"\.{field}:\s+(\d+)", text)
@@ -189,12 +194,6 @@ def _amd_usage(text: str) -> tuple[int, int]:
     # What is written to memory. The counts of spilled registers hold others too: a scalar register goes to a lane of a
     # vector register first, a vector register to an accumulation register.
     return number("vgpr_count") + number("agpr_count"), number("private_segment_fixed_size")
-
-
-def _amd_instructions(text: str) -> tuple[int, int, str]:
-    loads = re.findall(r"^\s*((?:global|buffer)_load_\S+)", text, re.MULTILINE)
-    wide = [name for name in loads if "dwordx4" in name]
-    return len(loads), len(wide), _first(text, {"v_mfma": "mfma"})
 
 
 def _first(text: str, names: Mapping[str, str]) -> str:

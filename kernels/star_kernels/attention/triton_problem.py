@@ -97,8 +97,8 @@ class Problem:
         """Return the default tile and how it is run; `kind` is "forward", "queries" or "keys"."""
         widest, gpu = next_power_of_2(max(self.q[0].shape[3], self.v.shape[3]), 16), gpu_of(self.v)
         size, maps, width = self.v.element_size(), len(self.q), max(64, min(widest, 512))
-        kinds = _FLOAT32.get((gpu.matrix, maps, width)) if size == 4 else None
-        block_q, block_k, warps, stages = (kinds or _TILES[size, maps, width])[_KINDS.index(kind)]
+        kinds = _BY_MATRIX.get((gpu.matrix, size, maps, width), _TILES[size, maps, width])
+        block_q, block_k, warps, stages = kinds[_KINDS.index(kind)]
         tiles = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
         if kind != "forward":
             tiles["SLICE"] = _SLICE if size >= 4 and width >= 128 and gpu.units != "native" else widest
@@ -127,17 +127,19 @@ _TILES: dict[tuple[int, int, int], tuple[tuple[int, int, int, int], ...]] = {
     **{(4, 2, width): ((16, 16, 8, 1),) * 3 for width in (64, 128, 256, 512)},
     **{(8, maps, width): ((64, 64, 4, 1),) * 3 for maps in (1, 2) for width in (64, 128, 256, 512)},
 }
-# Those of float32 that depend on the matrix instruction: by `Gpu.matrix`, maps, and the widest of D and E.
-_FLOAT32: dict[tuple[str, int, int], tuple[tuple[int, int, int, int], ...]] = {
-    ("mma.sync", 1, 64): ((64, 16, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
-    ("mma.sync", 1, 128): ((32, 16, 8, 1), (64, 32, 8, 1), (16, 64, 8, 1)),
-    ("mma.sync", 2, 128): ((16, 16, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
-    ("wgmma", 1, 64): ((64, 16, 4, 1), (64, 16, 4, 1), (16, 64, 8, 1)),
-    ("wgmma", 1, 128): ((16, 32, 8, 1), (64, 32, 8, 1), (16, 32, 8, 1)),
-    ("wgmma", 2, 128): ((16, 16, 8, 1), (64, 32, 8, 1), (16, 32, 8, 1)),
-    ("tcgen05", 1, 64): ((128, 32, 8, 2), (64, 32, 8, 2), (16, 64, 8, 1)),
-    ("tcgen05", 1, 128): ((16, 32, 8, 1), (128, 32, 8, 1), (32, 64, 8, 1)),
-    ("tcgen05", 2, 128): ((16, 16, 8, 1), (128, 32, 8, 1), (16, 64, 8, 1)),
+# Those that depend on the matrix instruction, by `Gpu.matrix` before the rest. 32 x 64 in 16 bits are 16 bytes for each
+# thread of AMD's 4 warps, 8 where there are 8.
+_BY_MATRIX: dict[tuple[str, int, int, int], tuple[tuple[int, int, int, int], ...]] = {
+    ("mfma", 2, 1, 64): ((128, 32, 4, 2), (128, 32, 8, 2), (16, 64, 4, 3)),
+    ("mma.sync", 4, 1, 64): ((64, 16, 4, 1), (16, 32, 8, 1), (16, 32, 8, 1)),
+    ("mma.sync", 4, 1, 128): ((32, 16, 8, 1), (64, 32, 8, 1), (16, 64, 8, 1)),
+    ("mma.sync", 4, 2, 128): ((16, 16, 8, 1), (32, 32, 8, 1), (16, 32, 8, 1)),
+    ("wgmma", 4, 1, 64): ((64, 16, 4, 1), (64, 16, 4, 1), (16, 64, 8, 1)),
+    ("wgmma", 4, 1, 128): ((16, 32, 8, 1), (64, 32, 8, 1), (16, 32, 8, 1)),
+    ("wgmma", 4, 2, 128): ((16, 16, 8, 1), (64, 32, 8, 1), (16, 32, 8, 1)),
+    ("tcgen05", 4, 1, 64): ((128, 32, 8, 2), (64, 32, 8, 2), (16, 64, 8, 1)),
+    ("tcgen05", 4, 1, 128): ((16, 32, 8, 1), (128, 32, 8, 1), (32, 64, 8, 1)),
+    ("tcgen05", 4, 2, 128): ((16, 16, 8, 1), (128, 32, 8, 1), (16, 64, 8, 1)),
 }
 _KINDS = ("forward", "queries", "keys")
 

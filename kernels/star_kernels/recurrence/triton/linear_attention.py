@@ -69,7 +69,9 @@ def _launch_mix(
     (length, heads, keys), values = q.shape[1:], v.shape[3]
     count, chunks, slots = chunked.layout(q, ends)
     out = like(v)
-    options = _options(q, v, scale, ends, 16, 32)
+    # 64 x 16 in half precision are 16 bytes for each of 128 threads, which on AMD's GPUs are 256.
+    most_keys = 32 if gpu_of(q).backend == "hip" and q.element_size() == 2 else 16
+    options = _options(q, v, scale, ends, most_keys, 32)
     blocks_v = triton.cdiv(values, _SPAN)
     launch(
         gla_mix, (slots * heads * blocks_v,), q, k, v, logs, ends, states, out, length, chunks, count, heads, keys,

@@ -111,16 +111,23 @@ def _ssd_gradients(
         None if initial_state is None else dinitial,
     )  # fmt: skip
     sums = torch.zeros(slots, heads, 3, dtype=starts.dtype, device=x.device)
-    num_warps = 4 if gpu_of(x).backend == "hip" else 8
-    tight = x.element_size() > 2 and gpu_of(x).units == "registers"
-    options = _options(x, dt_softplus, cu_seqlens, size, 16, 32)
+    gpu, single = gpu_of(x), x.element_size() > 2
+    num_warps = 4 if gpu.backend == "hip" else 8
+    tight = single and gpu.units == "registers"
+    # Tiles of 64 x 32 in half precision are 16 bytes a thread, where 64 x 16 are 8. With mma.sync's factors, which lie
+    # in registers, they spill 152 bytes for a head and 24 for a group; float32 has its 16 bytes at 16 channels.
+    wide_tiles = not single and gpu.units != "registers"
+    options = _options(x, dt_softplus, cu_seqlens, size, 32 if wide_tiles else 16, 32)
     steps = (*x.stride(), *dt.stride(), A.stride(0), *strides(dt_bias, 1), *B.stride(), *C.stride())
     edges = torch.empty(2, batch, length, heads, dtype=starts.dtype, device=x.device) if tight else None
+    # On tcgen05 a head's spill 8 bytes in two stages and 16 in three.
+    stages = 1 if wide_tiles and gpu.matrix == "tcgen05" else 2
     for part in (1, 2, 3) if tight else (0,):
         launch(
             ssd_head_gradients, (slots * heads,), dy, x, dt, A, dt_bias, B, C, z, D, cu_seqlens, starts, dends, dx, ddt,
             dz, sums, edges, length, chunks, count, heads, heads // groups, width, size, batch * length * heads,
-            *dy.stride(), *steps, *strides(z, 4), *strides(D, 1), PART=part, num_warps=num_warps, **options,
+            *dy.stride(), *steps, *strides(z, 4), *strides(D, 1), PART=part, num_warps=num_warps, num_stages=stages,
+            **options,
         )  # fmt: skip
     if tight:
         options["BLOCK_N"] = 16

@@ -89,6 +89,11 @@ def test_replays_give_the_logits_of_plain_steps(liv_class: int) -> None:
     check_replays(of_class(liv_class), exactly=is_exact(liv_class))
 
 
+@pool
+def test_replays_in_bfloat16_give_the_logits_of_plain_steps(liv_class: int) -> None:
+    check_replays(of_class(liv_class).bfloat16(), exactly=is_exact(liv_class), new=9)
+
+
 @without_attention
 def test_replays_in_plain_torch_give_the_logits_of_plain_steps(liv_class: int) -> None:
     with use_backend("reference"):
@@ -252,8 +257,9 @@ gpu = pytest.mark.skipif(os.environ.get("STAR_TEST_DEVICE") != "cuda", reason="n
 
 @gpu
 @pool
-def test_graphs_of_a_gpu_give_the_logits_of_plain_steps(liv_class: int) -> None:
-    model = of_class(liv_class).to("cuda")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, 0.1)], ids=["f32", "bf16"])
+def test_graphs_of_a_gpu_give_the_logits_of_plain_steps(liv_class: int, dtype: torch.dtype, tolerance: float) -> None:
+    model = of_class(liv_class).to("cuda", dtype)
     tokens = tokens_for(2, PROMPT + NEW).to("cuda")
     want = plain(model, filled(model, tokens), tokens[:, PROMPT:])
     cache = filled(model, tokens)
@@ -262,7 +268,7 @@ def test_graphs_of_a_gpu_give_the_logits_of_plain_steps(liv_class: int) -> None:
         warnings.simplefilter("error")
         got = torch.stack([decode(one).clone() for one in tokens[:, PROMPT:].split(1, dim=1)])
     assert decode._call == decode._replay
-    torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
 
 
 @gpu

@@ -25,9 +25,10 @@ from rich.console import Console
 from bench.hardware import machine
 from search.driver import search
 from search.evaluate import Outcome, Task
+from search.evaluation import Evaluation, Status
 from search.report import LiveReport, write_report
 from search.settings import Settings
-from search.store import Evaluation, Status, Store, write_json
+from search.store import Store, write_json
 from search.view import View
 from search.workers import Progress
 from star_core.genome import random_genome

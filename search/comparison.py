@@ -10,10 +10,11 @@ from statistics import mean, stdev
 import plotly.graph_objects as go
 from rich.table import Table
 
+from search.evaluation import Evaluation, Status
+from search.front import Front
 from search.report_data import CURVE_POINTS, Run, box_of
 from search.report_metrics import Column, column_for, format_seconds
 from search.settings import at_rung
-from search.store import Evaluation, Front, Status
 
 _COLOURS = ("#1f6fd6", "#c2410c", "#15803d", "#7a3fb5", "#b3902a", "#a63a4f", "#0f8b8d", "#66758f")
 

@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from search.evaluate import Outcome, Task
+from search.evaluation import Status
 from search.ray_task import CORPUS, Board, Delivery, Parcel, do_task, files_of, write_files
 from search.settings import Settings, SettingsError
-from search.store import Status, write_json
+from search.store import write_json
 from search.workers import Care, Progress, finished
 
 RETRIES = 2

@@ -14,9 +14,10 @@ import torch
 from search import nsga2
 from search.data import Corpus
 from search.evaluate import Outcome, Task, candidate_seed
+from search.evaluation import FINAL, Evaluation, Status
 from search.result_cache import ResultCache
 from search.settings import RUNG_FACTOR, Settings
-from search.store import FINAL, Evaluation, Status, Store
+from search.store import Store
 from search.view import View
 from search.workers import Workers
 from star_core import Genome

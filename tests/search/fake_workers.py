@@ -12,8 +12,9 @@ from rich.console import Console
 
 from search.driver import search
 from search.evaluate import Outcome, Task
+from search.evaluation import Status
 from search.settings import PRESETS, Settings
-from search.store import Status, Store, read_json, write_json
+from search.store import Store, read_json, write_json
 from search.view import View
 from search.workers import Progress
 from star_core.genome import POOL, Genome

@@ -23,8 +23,9 @@ from rich.console import Console
 from search import evaluate
 from search.driver import search
 from search.evaluate import Outcome, Task
+from search.evaluation import Status
 from search.settings import Settings
-from search.store import Status, Store
+from search.store import Store
 from search.train import Diverged
 from search.view import View
 from search.workers import Care, make_workers

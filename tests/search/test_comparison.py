@@ -9,11 +9,11 @@ import pytest
 from rich.console import Console
 
 from search.comparison import compare_runs, comparison_figure, groups_of, terminal_comparison
+from search.evaluation import Status
 from search.optuna_export import export_study
 from search.report import main
 from search.report_data import follow_progress, read_run
 from search.settings import SettingsError
-from search.store import Status
 from star_core.genome import Genome
 from tests.search.synthetic_run import write_synthetic_run
 

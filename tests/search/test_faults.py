@@ -14,8 +14,10 @@ from rich.console import Console
 
 from search.driver import search
 from search.evaluate import Outcome, Task
+from search.evaluation import Evaluation, Status
+from search.front import front_of
 from search.settings import SettingsError
-from search.store import Evaluation, Status, Store, front_of
+from search.store import Store
 from search.view import View
 from search.workers import Workers, make_workers
 from star_core.genome.baselines import transformer_pp

@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from search.evaluate import Outcome, Task
+from search.evaluation import Status
 from search.settings import SettingsError
-from search.store import Status, write_json
+from search.store import write_json
 from search.workers import make_workers
 from star_core.genome.baselines import transformer_pp
 from tests.search.fault_tasks import CARE, PIDS, do_moment, fault_settings

@@ -14,9 +14,10 @@ import pytest
 
 from search import slurm_workers
 from search.evaluate import Outcome, Task
+from search.evaluation import Status
 from search.settings import SettingsError
 from search.slurm_workers import SlurmWorkers
-from search.store import Status, write_json
+from search.store import write_json
 from search.workers import make_workers
 from star_core.genome.baselines import transformer_pp
 from tests.search import fake_slurm

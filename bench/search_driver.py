@@ -32,7 +32,8 @@ from search.store import Store, write_json
 from search.view import View
 from search.workers import Progress
 from star_core.genome import random_genome
-from tests.search.fake_workers import FakeWorkers, fake_settings, invented
+from tests.search.fake_workers import FakeWorkers, fake_settings
+from tests.search.invented import invented
 
 OBJECTIVES = ("perplexity", "parameters", "cache_bytes", "decode_ms_per_token_ratio", "peak_memory_bytes_ratio")
 DEPTH = 8

@@ -1,8 +1,8 @@
 """Candidates on a Ray cluster, or on a Ray that is started on this machine for the search.
 
 Every candidate is a plain task in a Ray process of its own, which looks after one more process: deadline, memory limit
-and a second try after death by a signal are those of `search.workers.ProcessWorkers`. Outcome and weights come back as
-the task's return value, and the driver alone writes to the run folder: the nodes need not see it.
+and a second try after death by a signal are those of `search.workers.ProcessWorkers`. Nodes that see the run folder
+leave result and weights there; the others send them back as the task's return value.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ class RayWorkers:
         except SettingsError:
             self.close()
             raise
-        self._remote = ray.remote(max_calls=1, max_retries=RETRIES)(do_task)
+        # A process that has done a task does the next one without the imports; but the GPUs that its candidates see are
+        # those of its first task.
+        self._remote = ray.remote(max_calls=1 if self._gpus else 0, max_retries=RETRIES)(do_task)
         self._board = ray.remote(num_cpus=0, max_restarts=-1)(Board).remote()
 
     def _start(self, address: str | None) -> None:

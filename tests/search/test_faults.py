@@ -21,7 +21,8 @@ from search.store import Store
 from search.view import View
 from search.workers import Workers, make_workers
 from star_core.genome.baselines import transformer_pp
-from tests.search.fault_tasks import CARE, STATUSES, FakeFaults, do_fail, fault_search, fault_settings
+from tests.search.fault_search import CARE, FakeFaults, fault_search, fault_settings
+from tests.search.fault_tasks import STATUSES, do_fail
 
 PACKAGES = {"ray": "ray", "slurm": "submitit"}
 HARMLESS = ("raise", "nan", "well")

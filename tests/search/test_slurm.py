@@ -21,7 +21,8 @@ from search.store import write_json
 from search.workers import make_workers
 from star_core.genome.baselines import transformer_pp
 from tests.search import fake_slurm
-from tests.search.fault_tasks import CARE, do_moment, fault_settings
+from tests.search.fault_search import CARE, fault_settings
+from tests.search.fault_tasks import do_moment
 
 pytest.importorskip("submitit", reason="submitit is not installed")
 

@@ -80,8 +80,11 @@ class RayWorkers:
         try:
             self._ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **local)
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+            reason = _first_line(error)
+            if "InvalidAuthToken" in str(error.__cause__):  # Ray itself says that it could not connect
+                reason = "it wants its token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN if Ray has not kept it here"
             raise SettingsError(
-                f"ray_address: no Ray cluster can be used at {address or 'this machine'}: {_first_line(error)}"
+                f"ray_address: no Ray cluster can be used at {address or 'this machine'}: {reason}"
             ) from error
 
     def _fitting_nodes(self) -> dict[str, dict[str, float]]:

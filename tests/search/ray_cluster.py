@@ -11,10 +11,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-NICENESS = ("RAY_worker_niceness", "0")
-"""An environment variable: Ray does tasks at the lowest priority but four without it, and on a busy machine waits
-minutes for them."""
-
 
 def answers(address: str) -> bool:
     """Tell whether something listens at HOST:PORT."""

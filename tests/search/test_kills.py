@@ -14,7 +14,7 @@ import pytest
 
 from tests.search.fault_tasks import ENDS, PIDS
 from tests.search.processes import Marked
-from tests.search.ray_cluster import NICENESS, answers, cluster
+from tests.search.ray_cluster import answers, cluster
 from tests.search.test_faults import kinds
 from tests.search.test_run import RESULTS, rows
 
@@ -36,8 +36,8 @@ def start(root: Path, kind: str, generations: int, pids: Path, *address: str) ->
         path.unlink()
     ends = ends_of(root)
     ends.mkdir(exist_ok=True)
-    environment = {PIDS: str(pids), ENDS: str(ends), NICENESS[0]: NICENESS[1]}
-    return Marked(["-c", SEARCH, str(root), kind, str(generations), *address], **environment)
+    command = ["-c", SEARCH, str(root), kind, str(generations), *address]
+    return Marked(command, **{PIDS: str(pids), ENDS: str(ends)})
 
 
 def ends_of(root: Path) -> Path:
@@ -153,18 +153,17 @@ def test_a_cluster_outlives_a_killed_driver_and_its_tasks_do_not(tmp_path: Path,
     start(whole, "processes", 1, pids).finish()
     for root in (whole, cut):
         ends_of(root).mkdir(exist_ok=True)
-    environment = {PIDS: str(pids), ENDS: str(ends_of(cut)), NICENESS[0]: NICENESS[1]}
-    cluster_mark = f"{ENDS}={ends_of(cut)}"
-    with cluster(**environment) as address:
+    mark = f"{ENDS}={ends_of(cut)}"
+    with cluster(**{PIDS: str(pids), ENDS: str(ends_of(cut))}) as address:
         for _ in range(2):
             run = start(cut, kind, 1, pids, address)
             deadline = time.monotonic() + START_SECONDS
             while not list(pids.iterdir()) and time.monotonic() < deadline:
                 time.sleep(0.01)
-            assert at_work(cluster_mark), "no task has begun"
+            assert at_work(mark), "no task has begun"
             run.kill()
             deadline = time.monotonic() + TASK_SECONDS
-            while (left := at_work(cluster_mark)) and time.monotonic() < deadline:
+            while (left := at_work(mark)) and time.monotonic() < deadline:
                 time.sleep(0.1)
             assert left == []
             assert run.left(PATIENCE[kind]) == []

@@ -22,17 +22,12 @@ from search.workers import make_workers
 from star_core.genome.baselines import transformer_pp
 from tests.search.fault_search import CARE, fault_settings
 from tests.search.fault_tasks import ENDS, PIDS, do_moment
-from tests.search.ray_cluster import NICENESS, cluster
+from tests.search.ray_cluster import cluster
 
-pytest.importorskip("ray", reason="ray is not installed")
+ray = pytest.importorskip("ray", reason="ray is not installed")
 pytestmark = pytest.mark.slow
 
 GENOME = str(transformer_pp(6).canonical())
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(*NICENESS)
 
 
 def task(work: Path, stage: str = "train", **changes: object) -> Task:
@@ -95,6 +90,17 @@ def test_more_gpus_than_a_node_has_are_refused() -> None:
 def test_an_address_where_no_ray_is_gets_one_sentence(address: str, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         make_workers(fault_settings("ray", ray_address=address))
+
+
+def test_a_cluster_that_wants_its_token_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(address: str, **_: object) -> None:
+        raise ConnectionError(f"Failed to connect to Ray cluster at {address}") from RuntimeError(
+            "InvalidAuthToken: ..."
+        )
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(SettingsError, match="at auto: it wants its token; set RAY_AUTH_MODE=token"):
+        make_workers(fault_settings("ray", ray_address="auto"))
 
 
 def test_a_measurement_runs_on_a_node_of_its_own(tmp_path: Path) -> None:

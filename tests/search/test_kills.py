@@ -131,7 +131,7 @@ def test_three_kills_change_nothing(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", kinds("processes", "ray"))
 def test_twenty_kills_change_nothing(tmp_path: Path, kind: str) -> None:
     # As many tasks as are done between twenty kills: two or three in each life on processes, one or two on Ray.
-    check_kills(tmp_path, kind, 20, {"processes": 20, "ray": 5}[kind])
+    check_kills(tmp_path, kind, 20, {"processes": 20, "ray": 6}[kind])
 
 
 def at_work(mark: str) -> list[str]:

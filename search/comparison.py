@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, stdev
+from typing import NamedTuple
 
-import plotly.graph_objects as go
 from rich.table import Table
 
 from search.evaluation import Evaluation, Status
@@ -16,7 +16,13 @@ from search.report_data import CURVE_POINTS, Run, box_of
 from search.report_metrics import Column, column_for, format_seconds
 from search.settings import at_rung
 
-_COLOURS = ("#1f6fd6", "#c2410c", "#15803d", "#7a3fb5", "#b3902a", "#a63a4f", "#0f8b8d", "#66758f")
+
+class Point(NamedTuple):
+    """How far a run was at one moment: `hypervolume` is the share of the box of all runs, 0 to 1."""
+
+    trained: int
+    tokens: int
+    hypervolume: float
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,7 @@ class Standing:
         tokens: Training tokens of all of them together; what failed counts as trained to its last rung.
         seconds: Processor seconds of all evaluations, as the log has them.
         hypervolume: Of the final front, in the box of all runs.
-        curve: Hypervolume after so many training tokens, ascending.
+        curve: Hypervolume after so many trained candidates and training tokens, ascending.
         best: Best value of each objective on the front; empty without a front.
     """
 
@@ -42,7 +48,7 @@ class Standing:
     tokens: int
     seconds: float
     hypervolume: float
-    curve: tuple[tuple[int, float], ...]
+    curve: tuple[Point, ...]
     best: dict[str, float]
 
 
@@ -62,7 +68,7 @@ def compare_runs(runs: Sequence[Run]) -> list[Standing]:
         for count in ((point + 1) * len(trained) // points for point in range(points)):
             tokens += sum(_tokens(run, candidate) for candidate in trained[done:count])
             front.update(c for c in trained[done:count] if id(c) in scored)
-            curve.append((tokens, box.volume(front.members())))
+            curve.append(Point(count, tokens, box.volume(front.members())))
             done = count
         found.append(
             Standing(
@@ -90,33 +96,57 @@ def _tokens(run: Run, candidate: Evaluation) -> int:
     return at_rung(int(run.config["tokens"]), max(1, len(candidate.rungs)) - 1, run.ranking.rungs)
 
 
-def terminal_comparison(standings: Sequence[Standing]) -> Table:
-    """Build the table that a terminal shows, and where a group has several runs, its mean and deviation."""
+@dataclass(frozen=True)
+class ComparisonTable:
+    """Runs side by side as finished text: `titles` are names with units, the first two columns words, the rest numbers;
+    `means` has a row for each group of several runs."""
+
+    titles: tuple[tuple[str, str], ...]
+    rows: tuple[tuple[str, ...], ...]
+    means: tuple[tuple[str, ...], ...]
+
+
+NOTE = "Hypervolume of the final front, in one box for all; best value of each objective on the front."
+
+
+def tabulate(standings: Sequence[Standing]) -> ComparisonTable:
+    """Write what each run came to and, where a group has several, its mean and standard deviation."""
     names = list(standings[0].best or next((s.best for s in standings if s.best), {}))
     columns = {name: column_for(name, [s.best[name] for s in standings if name in s.best]) for name in names}
-    table = Table(title="Runs side by side", title_justify="left", caption_justify="left")
-    table.caption = "Hypervolume of the final front, in one box for all; best value of each objective on the front."
-    table.add_column("Run", no_wrap=True)
-    table.add_column("Optimizer")
-    for title in ("Trained", "Failed", "Tokens", "Time", "Hypervolume"):
-        table.add_column(title, justify="right")
-    for column in columns.values():
-        table.add_column(f"{column.label}\n({column.unit})" if column.unit else column.label, justify="right")
-    for standing in standings:
-        table.add_row(
+    words = ("Run", "Optimizer", "Trained", "Failed", "Tokens", "Time", "Hypervolume")
+    rows = [
+        (
             standing.name,
             standing.group,
-            str(standing.trained),
-            ", ".join(f"{count} {status}" for status, count in standing.failed.items()) or "0",
+            f"{standing.trained:,}",
+            f"{sum(standing.failed.values()):,}",
             f"{standing.tokens:,}",
             format_seconds(standing.seconds),
             f"{standing.hypervolume:.4f}",
             *(column.format(standing.best.get(name)) for name, column in columns.items()),
         )
-    for group, members in groups_of(standings).items():
-        if len(members) > 1:
-            table.add_section()
-            table.add_row(f"mean of {len(members)}", group, *_means(members, columns))
+        for standing in standings
+    ]
+    groups = {group: members for group, members in groups_of(standings).items() if len(members) > 1}
+    return ComparisonTable(
+        titles=(*((word, "") for word in words), *((column.label, column.unit) for column in columns.values())),
+        rows=tuple(rows),
+        means=tuple((f"mean of {len(each)}", group, *_means(each, columns)) for group, each in groups.items()),
+    )
+
+
+def terminal_comparison(standings: Sequence[Standing]) -> Table:
+    """Build the table that a terminal shows."""
+    content = tabulate(standings)
+    table = Table(title="Runs side by side", title_justify="left", caption=NOTE, caption_justify="left")
+    for place, (name, unit) in enumerate(content.titles):
+        title = f"{name}\n({unit})" if unit else name
+        table.add_column(title, justify="left" if place < 2 else "right", overflow="fold")
+    for row in content.rows:
+        table.add_row(*row)
+    for row in content.means:
+        table.add_section()
+        table.add_row(*row)
     return table
 
 
@@ -137,30 +167,3 @@ def _means(members: Sequence[Standing], columns: dict[str, Column]) -> list[str]
         spread = f" ± {column.format(stdev(values))}" if len(values) > 1 else ""
         cells.append(column.format(mean(values)) + spread if values else column.format(None))
     return cells
-
-
-def comparison_figure(standings: Sequence[Standing]) -> go.Figure:
-    """Draw hypervolume over training tokens, a line for each run, a colour for each group."""
-    figure = go.Figure()
-    for index, (group, members) in enumerate(groups_of(standings).items()):
-        for number, member in enumerate(members):
-            figure.add_trace(
-                go.Scatter(
-                    x=[0, *(tokens for tokens, _ in member.curve)],
-                    y=[0.0, *(volume for _, volume in member.curve)],
-                    name=group,
-                    legendgroup=group,
-                    showlegend=number == 0,
-                    mode="lines",
-                    line={"color": _COLOURS[index % len(_COLOURS)], "width": 1.5, "shape": "hv"},
-                    hovertemplate=f"{member.name}<br>%{{x:,}} tokens: %{{y:.4f}}<extra>{group}</extra>",
-                )
-            )
-    figure.update_layout(
-        template="plotly_white",
-        title="Hypervolume over training tokens",
-        xaxis={"title": "Training tokens, all candidates together", "rangemode": "tozero"},
-        yaxis={"title": "Hypervolume, share of the box", "rangemode": "tozero"},
-        legend={"orientation": "h", "y": -0.2},
-    )
-    return figure

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from search.evaluation import Evaluation
@@ -36,7 +37,9 @@ def export_study(run: Run, storage: str, name: str | None = None) -> int:
         )
     except optuna.exceptions.DuplicatedStudyError as error:
         raise SettingsError(f"--optuna: {storage} holds a study {name} already") from error
-    study.set_metric_names(list(run.objectives))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        study.set_metric_names(list(run.objectives))
     study.set_user_attr("config", {key: value for key, value in run.config.items() if key != "machine"})
     evaluations = [*run.baselines, *run.candidates]
     # Optuna holds a parameter to one range within a study.

@@ -1,7 +1,7 @@
 """What a person sees of a run: `report.html`, the table of the front, and the same table in a terminal.
 
 python -m search.report RUN                          # write report.html anew and print the front
-python -m search.report RUN RUN ... [--html FILE]    # compare runs; draw hypervolume over training tokens
+python -m search.report RUN RUN ... [--html FILE]    # compare runs; a page with hypervolume over training tokens
 python -m search.report RUN --optuna sqlite:///study.db
 """
 
@@ -15,7 +15,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from search.comparison import compare_runs, comparison_figure, terminal_comparison
+from search.comparison import compare_runs, terminal_comparison
+from search.comparison_page import render_comparison
 from search.front import sentence_without_front
 from search.optuna_export import export_study
 from search.report_data import read_run
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     done."""
     parser = argparse.ArgumentParser(prog="python -m search.report", description="Report on a run, or compare several.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="where to draw hypervolume over training tokens")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="where to write the comparison as a page")
     parser.add_argument("--optuna", metavar="URL", help="write each run into this Optuna storage, as a study")
     options = parser.parse_args(argv)
     console = Console()
@@ -108,8 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             standings = compare_runs(runs)
             console.print(terminal_comparison(standings))
             if options.html is not None:
-                comparison_figure(standings).write_html(options.html, include_plotlyjs=True)
-                console.print(f"Figure: {options.html}", soft_wrap=True, highlight=False)
+                options.html.write_text(render_comparison(standings), encoding="utf-8")
+                console.print(f"Comparison: {options.html}", soft_wrap=True, highlight=False)
         else:
             print_front(options.runs[0], console)
             console.print(f"Report: {write_report(options.runs[0])}", soft_wrap=True, highlight=False)

@@ -58,7 +58,7 @@ class _Size:
     text: str
 
 
-_LARGE = _Size(row=30.0, box=24.0, width=190.0, lane=21.0, room=76.0, text="")
+_LARGE = _Size(row=30.0, box=24.0, width=204.0, lane=21.0, room=76.0, text="")
 _SMALL = _Size(row=17.0, box=14.0, width=86.0, lane=14.0, room=50.0, text=" small")
 _PORT_STEP = 7.0
 _MARGIN = 6.0
@@ -176,19 +176,20 @@ def describe_genome(genome: Genome) -> str:
     return " ".join(said)
 
 
-def draw_lineage(ancestors: Sequence[Evaluation], titles: Mapping[str, str]) -> str:
+def draw_lineage(ancestors: Sequence[Evaluation], titles: Mapping[str, str], numbers: Mapping[str, int]) -> str:
     """Draw a winner's ancestors, one column a generation, with lines from parents to children.
 
     Args:
         ancestors: The winner first, as `find_ancestors` gives them.
         titles: What a pointer over a genome shows, by hash.
+        numbers: Those of the front's members, by hash: who is one has its number, and leads to its own drawing.
     Returns:
         An `<svg>` element.
     """
     generations = sorted({ancestor.generation for ancestor in ancestors})
     columns = {generation: [a for a in ancestors if a.generation == generation] for generation in generations}
     tallest = max(len(column) for column in columns.values())
-    step, gap = 44.0, 16.0
+    step, gap = 44.0, 18.0
     height, width = gap * tallest + 30, step * (len(generations) - 1) + 60
     place = {
         ancestor.genome_hash: (30 + step * column, 14 + gap * (row + 0.5 + (tallest - len(columns[generation])) / 2))
@@ -206,9 +207,14 @@ def draw_lineage(ancestors: Sequence[Evaluation], titles: Mapping[str, str]) -> 
     for number, ancestor in enumerate(ancestors):
         x, y = place[ancestor.genome_hash]
         title = tag("title", escaped(titles[ancestor.genome_hash]))
-        parts.append(
-            tag("circle", title, cx=x, cy=y, r=6.0 if number == 0 else 4.5, class_="self" if number == 0 else "kin")
-        )
+        member = numbers.get(ancestor.genome_hash)
+        class_ = "self" if number == 0 else "kin" if member is None else "member"
+        mark = tag("circle", title, cx=x, cy=y, r=4.5 if member is None else 8.0, class_=class_)
+        if member is None:
+            parts.append(mark)
+        else:
+            marks = (mark, label(member, x, y + 3.3, f"number {class_}", "middle"))
+            parts.append(tag("a" if number else "g", *marks, **({"href": f"#winner-{member}"} if number else {})))
     for generation in generations:
         name = "baseline" if generation < 0 else str(generation)
         parts.append(label(name, 30 + step * generations.index(generation), height - 2, "cap", "middle"))

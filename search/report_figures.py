@@ -14,7 +14,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from search.evaluation import Evaluation
-from search.report_data import Progress, Run
+from search.report_data import Progress, Run, thin
 from search.report_drawing import FAMILIES, base_class, liv_classes
 from search.report_metrics import Column, order_metrics
 from search.report_scatter import BASELINE_SYMBOLS, NUMBERED_FRONT, choose_pairs, lower_left, value_of
@@ -22,6 +22,7 @@ from star_core.genome import POOL
 
 _LIVS_PER_LINE = 4
 _CURVE_POINTS = 200
+_MOST_TICKS = 8
 _FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 # Keeps a name readable above the marks behind it.
 _HALO = ", ".join(f"{x}px {y}px 1px var(--surface)" for x in (-1, 1) for y in (-1, 1))
@@ -89,9 +90,9 @@ def front_figure(run: Run, columns: Mapping[str, Column]) -> go.Figure:
                 "line": {"width": 1, "color": "var(--surface)"},
             },
         )
-    figure.update_xaxes(**_axis(columns[across]))
-    figure.update_yaxes(**_axis(columns[up]))
-    return _styled(figure, legend=False, hovermode="closest")
+    figure.update_xaxes(**axis_of(columns[across]))
+    figure.update_yaxes(**axis_of(columns[up]))
+    return styled(figure, hovermode="closest")
 
 
 def hypervolume_figure(progress: Progress) -> go.Figure:
@@ -112,7 +113,7 @@ def hypervolume_figure(progress: Progress) -> go.Figure:
     _add_level(figure, progress.generations, progress.baseline_hypervolume, "the baselines alone", "%{y:.4f}")
     figure.update_xaxes(**_generation_axis(progress.generations))
     figure.update_yaxes(title="Hypervolume (share of the box)", rangemode="tozero", tickformat=".2~f")
-    return _styled(figure, legend=progress.baseline_hypervolume is not None, hovermode="x")
+    return styled(figure, hovermode="x")
 
 
 def best_figure(run: Run, progress: Progress, column: Column) -> go.Figure:
@@ -142,8 +143,8 @@ def best_figure(run: Run, progress: Progress, column: Column) -> go.Figure:
     best = min((b.metrics[column.key] for b in run.scored_baselines), default=None)
     _add_level(figure, progress.generations, None if best is None else column.scale(best), "best baseline", "%{y:.5~g}")
     figure.update_xaxes(**_generation_axis(progress.generations))
-    figure.update_yaxes(title=column.title, type="log" if column.log else "linear")
-    return _styled(figure, legend=False, hovermode="x")
+    figure.update_yaxes(**axis_of(column))
+    return styled(figure, hovermode="x")
 
 
 def population_figure(classes: Mapping[str, Counter[int]]) -> go.Figure:
@@ -172,9 +173,10 @@ def population_figure(classes: Mapping[str, Counter[int]]) -> go.Figure:
             hovertemplate=f"{POOL[liv_class].name}: %{{y:.1f}} %<extra>%{{x}}</extra>",
         )
     figure.update_layout(barmode="stack", bargap=0.12)
-    figure.update_xaxes(title="Generation (0 is the initial population)", type="category", showgrid=False)
+    ticks = list(thin([name for name in classes if name != "front"], _MOST_TICKS)) + ["front"] * ("front" in classes)
+    figure.update_xaxes(title="Generation", type="category", showgrid=False, tickvals=ticks, tickangle=0)
     figure.update_yaxes(title="Share of all LIVs (%)", range=[0, 100], tickvals=[0, 25, 50, 75, 100])
-    return _styled(figure, legend=False, hovermode="closest")
+    return styled(figure, hovermode="closest")
 
 
 def population_counts(run: Run) -> dict[str, Counter[int]]:
@@ -211,8 +213,8 @@ def curve_figure(run: Run) -> go.Figure:
                 hovertemplate=f"{escape(name)}, step %{{x}}: %{{y:.4f}}<extra></extra>",
             )
     figure.update_xaxes(title="Training step")
-    figure.update_yaxes(title="Training loss (nats per token)", type="log", dtick="D1", minor={"showgrid": False})
-    return _styled(figure, legend=False, hovermode="closest")
+    figure.update_yaxes(title="Training loss (nats per token)", type="log", dtick="D1", tickformat=".3~g")
+    return styled(figure, hovermode="closest")
 
 
 def _spots(
@@ -260,19 +262,21 @@ def _add_level(figure: go.Figure, generations: Sequence[int], level: float | Non
 
 
 def _generation_axis(generations: Sequence[int]) -> dict[str, Any]:
-    step = max(1, len(generations) // 10)
-    return {
-        "title": "Generation (0 is the initial population)",
-        "tickvals": list(generations[::step]),
-        "tickformat": "d",
-    }
+    step = -(-len(generations) // _MOST_TICKS)
+    return {"title": "Generation", "tickvals": list(generations[::step]), "tickformat": "d", "tickangle": 0}
 
 
-def _axis(column: Column) -> dict[str, Any]:
-    return {"title": column.title, "type": "log" if column.log else "linear"}
+def axis_of(column: Column) -> dict[str, Any]:
+    """Describe the axis of a metric to plotly; on a log axis every tick is written in full."""
+    if not column.log:
+        return {"title": column.title, "type": "linear", "dtick": None, "tickformat": ""}
+    # Ticks at 1, 2 and 5 of each power of ten, or at powers alone where those would be too many.
+    dtick = "D2" if column.decades < 2.5 else max(1, round(column.decades / 6))
+    return {"title": column.title, "type": "log", "dtick": dtick, "tickformat": ".4~g"}
 
 
-def _styled(figure: go.Figure, *, legend: bool, hovermode: str) -> go.Figure:
+def styled(figure: go.Figure, *, hovermode: str) -> go.Figure:
+    """Give a figure the page's look; returns it."""
     axis = {
         "gridcolor": "var(--grid)",
         "linecolor": "var(--line)",
@@ -287,13 +291,13 @@ def _styled(figure: go.Figure, *, legend: bool, hovermode: str) -> go.Figure:
     figure.update_layout(
         template="none",
         autosize=True,
-        showlegend=legend,
+        showlegend=False,
         hovermode=hovermode,
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        margin={"l": 8, "r": 14, "t": 18, "b": 8},
+        # Above, there is room for the buttons that show under a pointer.
+        margin={"l": 8, "r": 14, "t": 30, "b": 8},
         font={"family": _FONT, "size": 12.5, "color": "var(--ink)"},
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"size": 12}},
         hoverlabel={
             "bgcolor": "var(--surface)",
             "bordercolor": "var(--line)",

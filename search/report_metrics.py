@@ -45,6 +45,9 @@ _FACTS = {
     "measure_seconds": "Time to measure",
     "vocab_size": "Vocabulary (tokens)",
     "gpus": "GPUs",
+    "gpus_per_task": "GPUs of a task",
+    "inherit": "Children inherit weights",
+    "omp_wait_policy": "OpenMP waiting",
 }
 
 # Beyond this ratio of largest to smallest, a linear axis squeezes all but a few marks into one corner.
@@ -53,7 +56,10 @@ LOG_AXIS_RATIO = 30.0
 
 @dataclass(frozen=True)
 class Column:
-    """One metric as it is shown: `shown = value / factor`, in `unit`."""
+    """One metric as it is shown: `shown = value / factor`, in `unit`.
+
+    `decades` is the base-10 logarithm of largest to smallest where `log` is set, else 0.
+    """
 
     key: str
     label: str
@@ -61,6 +67,7 @@ class Column:
     factor: float
     decimals: int
     log: bool
+    decades: float = 0.0
 
     @property
     def title(self) -> str:
@@ -124,7 +131,9 @@ def column_for(key: str, values: Iterable[float]) -> Column:
         unit = "bytes" if unit == "bytes" else ""
         factor, unit = next(((size, name) for size, name in steps if middle >= size), (1.0, unit))
     whole = factor == 1.0 and all(value == int(value) for value in finite)
-    return Column(key, label, unit, factor, 0 if whole else _decimals(middle / factor), needs_log_axis(finite))
+    log = needs_log_axis(finite)
+    decades = math.log10(finite[-1] / finite[0]) if log else 0.0
+    return Column(key, label, unit, factor, 0 if whole else _decimals(middle / factor), log, decades)
 
 
 def format_seconds(seconds: float) -> str:
@@ -164,14 +173,16 @@ def _plain(key: str, value: Any) -> str:
         return ", ".join(_plain("", inner) for inner in value)
     if isinstance(value, str) and len(value) > 40 and " " not in value:
         return f"{value[:12]}…"
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if not isinstance(value, int | float):
         return str(value).replace("T", " ").replace("+00:00", " UTC") if key == "started" else str(value)
     if key.endswith("_bytes"):
         return column_for(key, [float(value)]).format_with_unit(float(value))
     if key.endswith("_seconds"):
         return format_seconds(float(value))
     # A seed is a name, not an amount.
-    return f"{value:,}" if isinstance(value, int) and key != "seed" else str(value)
+    return f"{value:,}" if isinstance(value, int) and key != "seed" else f"{value:g}" if key != "seed" else str(value)
 
 
 def _label_and_unit(key: str) -> tuple[str, str]:

@@ -12,16 +12,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jinja2
 import plotly.graph_objects as go
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from search.evaluation import Evaluation, Status
 from search.front import sentence_without_front
 from search.report_data import Progress, Run, Rung, compare_rungs, count_failures, find_ancestors, follow_progress
 from search.report_drawing import FAMILIES, base_class, draw_genome, draw_lineage, family_of, liv_classes
 from search.report_figures import (
+    axis_of,
     best_figure,
     curve_figure,
     front_figure,
@@ -29,9 +28,11 @@ from search.report_figures import (
     population_counts,
     population_figure,
 )
+from search.report_html import embed, render_template
 from search.report_metrics import Column, format_seconds, humanise, list_facts, order_metrics
-from search.report_scatter import NUMBERED_FRONT, choose_pairs, columns_of, draw_pair, read_template
+from search.report_scatter import NUMBERED_FRONT, choose_pairs, columns_of, draw_pair
 from search.report_table import FrontRow, best_value, columns_of_rows, rows_of
+from search.report_variation import sum_up_variation
 from star_core.genome import POOL, Genome
 
 # More would not be told apart in the drawing; a run of 18 generations seldom needs as many.
@@ -45,9 +46,6 @@ _INHERITED = (
 
 def render_page(run: Run) -> str:
     """Write the page of a run as HTML text."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("search"), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
     rows, progress = rows_of(run), follow_progress(run)
     columns = columns_of_rows(rows, run.objectives)
     members = zip(rows, run.shown_front, strict=False)
@@ -61,11 +59,14 @@ def render_page(run: Run) -> str:
         "table": ("Table", rows),
         "progress": ("Progress", progress),
         "population": ("Population", run.candidates),
+        "variation": ("Variation", run.candidates),
         "winners": ("Winners", cards),
         "baselines": ("Baselines", baseline_cards),
         "use": ("Use and resume", True),
     }
-    return environment.get_template("report.html").render(
+    return render_template(
+        "report.html",
+        figures,
         **_run_context(run),
         **_front_context(run, axes),
         tiles=[_tile(run, column) for column in columns if column.key in run.objectives] if progress else [],
@@ -75,12 +76,9 @@ def render_page(run: Run) -> str:
         repeated=max((final["seeds"] + final["failed"] for final in run.finals.values()), default=0),
         progress=_progress_context(run, progress, axes) if progress else None,
         legend=_legend(run, classes),
+        variation=sum_up_variation(run),
         cards=cards,
         baseline_cards=baseline_cards,
-        figures={name: _embed(figure.to_plotly_json()) for name, figure in figures.items()},
-        styles=Markup("".join(read_template(name) for name in ("palette.css", "scatter.css", "report.css"))),
-        script=Markup(read_template("report.js")),
-        plotly=Markup(get_plotlyjs()),
     )
 
 
@@ -169,7 +167,7 @@ def _front_context(run: Run, axes: Mapping[str, Column]) -> dict[str, Any]:
     places = {key: number for number, key in enumerate(axes)}
     return {
         "axes": list(axes.values()),
-        "axes_json": _embed([{"title": column.title, "log": column.log} for column in axes.values()]),
+        "axes_json": embed([axis_of(column) for column in axes.values()]),
         "default_pair": pairs[0],
         "pairs": [
             {"x": places[across], "y": places[up], "drawing": Markup(draw_pair(run, axes, across, up))}
@@ -286,10 +284,12 @@ def _winner_card(
 ) -> dict[str, Any]:
     baselines = [other for other in rows if other.kind == "baseline"]
     ancestors = find_ancestors(run, member, _MOST_ANCESTORS)
+    numbers = {other.genome_hash: number for number, other in run.shown_front}
     first = columns[0]
     titles = {
         e.genome_hash: f"{e.name or e.genome_hash}, generation {e.generation}, "
         f"{first.label.lower()} {first.format_with_unit(e.metrics.get(first.key))}"
+        f"{f', made by {_join(e.mutations)}' if e.mutations else ''}"
         for e in ancestors
     }
     return {
@@ -297,8 +297,9 @@ def _winner_card(
         "seconds": format_seconds(member.seconds),
         "drawing": Markup(draw_genome(Genome.parse(member.genome))),
         "lines": [_compare(row.metrics.get(column.key), column, baselines) for column in columns],
-        "lineage": Markup(draw_lineage(ancestors, titles)) if len(ancestors) > 1 else None,
+        "lineage": Markup(draw_lineage(ancestors, titles, numbers)) if len(ancestors) > 1 else None,
         "ancestors": len(ancestors) - 1,
+        "winning_ancestors": sum(e.genome_hash in numbers for e in ancestors[1:]),
         # Beside a short stack there is room below it, beside a tall one there is not.
         "shallow": len(liv_classes(member.genome)) <= _SHALLOW,
         "cut": len(ancestors) == _MOST_ANCESTORS,
@@ -355,9 +356,3 @@ def _count(number: int, noun: str) -> str:
 
 def _join(words: Sequence[str]) -> str:
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"
-
-
-def _embed(value: Any) -> Markup:
-    """Write JSON that can stand inside a script element whatever text it holds."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))

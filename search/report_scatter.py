@@ -40,12 +40,13 @@ class _Axis:
     def ticks(self, count: int) -> list[tuple[float, str]]:
         """Give positions and texts of round values in the column's unit."""
         if self.column.log:
-            first, last = math.floor(self.low), math.ceil(self.high)
+            bent = math.log10(self.column.factor)
+            first, last = math.floor(self.low - bent), math.ceil(self.high - bent)
             steps = (1, 2, 5) if self.high - self.low < 1.5 else (1, 3) if self.high - self.low < 3 else (1,)
             every = max(1, round((last - first) / count))
             values = [step * 10.0**power for power in range(first, last + 1, every) for step in steps]
-            inside = [value for value in values if self.low <= math.log10(value) <= self.high]
-            return [(self.place(value), f"{self.column.scale(value):.3g}") for value in inside]
+            inside = [value for value in values if self.low <= math.log10(value) + bent <= self.high]
+            return [(self.place(value * self.column.factor), f"{value:.3g}") for value in inside]
         factor = self.column.factor
         step = _round_step((self.high - self.low) / factor / count)
         first = math.ceil(self.low / factor / step)

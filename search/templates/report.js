@@ -17,10 +17,10 @@
 
   function draw(holder) {
     const spec = coloured(specs.get(holder), getComputedStyle(root));
-    const touch = window.matchMedia("(pointer: coarse)").matches;
-    const layout = { ...spec.layout, dragmode: touch ? false : "zoom" };
+    const mouse = window.matchMedia("(hover: hover) and (pointer: fine)").matches;
+    const layout = { ...spec.layout, dragmode: mouse ? "zoom" : false };
     const buttons = [["zoomIn2d", "zoomOut2d", "resetScale2d", "toImage"]];
-    const config = { responsive: true, displaylogo: false, modeBarButtons: buttons, displayModeBar: touch ? false : "hover" };
+    const config = { responsive: true, displaylogo: false, modeBarButtons: buttons, displayModeBar: mouse ? "hover" : false };
     Plotly.react(holder, spec.data, layout, config);
   }
 
@@ -94,8 +94,9 @@
       line.x = steps.map((step) => step[0]);
       line.y = steps.map((step) => step[1]);
       for (const [axis, index] of [["xaxis", x], ["yaxis", y]]) {
-        Object.assign(spec.layout[axis], { type: axes[index].log ? "log" : "linear" });
-        spec.layout[axis].title.text = axes[index].title;
+        const { title, ...scale } = axes[index];
+        Object.assign(spec.layout[axis], scale);
+        spec.layout[axis].title.text = title;
       }
       pairs.forEach((pair) => pair.setAttribute("aria-pressed", String(Number(pair.dataset.x) === x && Number(pair.dataset.y) === y)));
       draw(front);
@@ -110,17 +111,17 @@
         choice.x.value = pair.dataset.x;
         choice.y.value = pair.dataset.y;
         showAxes();
-        front.scrollIntoView({ block: "nearest", behavior: "smooth" });
+        front.scrollIntoView({ block: "nearest" });
       });
     }
     showAxes();
     front.on("plotly_click", (event) => {
       const point = event.points[0];
-      const card = point.data.name === "front" && document.getElementById(`winner-${point.pointNumber + 1}`);
+      const card = point.data.name === "front" && document.getElementById(`winner-${point.data.text[point.pointNumber]}`);
       if (card) {
         const fold = card.closest("details");
         if (fold) fold.open = true;
-        card.scrollIntoView({ behavior: "smooth" });
+        card.scrollIntoView();
       }
     });
   }

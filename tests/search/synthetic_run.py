@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,6 +30,7 @@ FAILURES = (
     ),
     (Status.INVALID, "LIV 3 feature_group: recurrence B needs equal expansion"),
 )
+CHANGES = ("class", "copy", "sharing")  # names of made-up mutations
 _SECONDS = 41.0
 
 
@@ -91,21 +93,26 @@ def write_synthetic_run(
         seen: set[str] = set()
         for generation in range(generations):
             for _ in range(population):
-                genome, bred_from = _breed(parents, depth, rng)
+                genome, bred_from, repaired = _breed(parents, depth, rng)
                 while genome.hash in seen:
-                    genome = random_genome(rng, depth)
+                    genome, bred_from, repaired = random_genome(rng, depth), (), False
                 seen.add(genome.hash)
-                store.add(_evaluate(genome, generation, rng, failing, change, parents=bred_from))
+                evaluation = _evaluate(genome, generation, rng, failing, change, parents=bred_from)
+                changes = CHANGES[int(genome.hash[0], 16) % len(CHANGES) :] if bred_from else ()
+                store.add(replace(evaluation, repaired=repaired, mutations=changes))
             parents = store.keep_front(Ranking(tuple(objectives)))
     return root
 
 
-def _breed(parents: Sequence[Evaluation], depth: int, rng: np.random.Generator) -> tuple[Genome, tuple[str, ...]]:
+def _breed(parents: Sequence[Evaluation], depth: int, rng: np.random.Generator) -> tuple[Genome, tuple[str, ...], bool]:
+    """Return a genome, its parents, and whether it had to be repaired."""
     if len(parents) < 2:
-        return random_genome(rng, depth), ()
+        return random_genome(rng, depth), (), False
     a, b = (parents[int(i)] for i in rng.choice(len(parents), 2, replace=False))
     child, _ = crossover(Genome.parse(a.genome), Genome.parse(b.genome), rng)
-    return repair(mutate(child, rng, 0.06), rng), (a.genome_hash, b.genome_hash)
+    mutant = mutate(child, rng, 0.06)
+    fixed = repair(mutant, rng)
+    return fixed, (a.genome_hash, b.genome_hash), fixed is not mutant
 
 
 def _evaluate(

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from search.comparison import compare_runs, comparison_figure, groups_of, terminal_comparison
+from search.comparison import compare_runs, groups_of, terminal_comparison
+from search.comparison_page import comparison_figure, render_comparison
 from search.evaluation import Status
 from search.optuna_export import export_study
 from search.report import main
@@ -37,7 +38,8 @@ def test_one_box_for_all(runs: tuple[Path, ...]) -> None:
         assert standing.trained == len(run.candidates) == 24
         assert standing.tokens == 24 * 262_144
         assert sum(standing.failed.values()) == sum(c.status is not Status.OK for c in run.candidates)
-        tokens, volumes = zip(*standing.curve, strict=True)
+        counts, tokens, volumes = zip(*standing.curve, strict=True)
+        assert [count * 262_144 for count in counts] == list(tokens)
         assert list(tokens) == sorted(tokens)
         assert list(volumes) == sorted(volumes)
         assert (tokens[-1], volumes[-1]) == (standing.tokens, pytest.approx(standing.hypervolume))
@@ -68,20 +70,24 @@ def test_a_group_has_its_mean(runs: tuple[Path, ...]) -> None:
     assert f"{mean:.4f} ±" in text
     assert "mean of 2" in text
     assert "mean of 1" not in text
-    figure = comparison_figure(standings)
-    assert [(trace.name, trace.showlegend) for trace in figure.data] == [
-        ("nsga2", True),
-        ("nsga2", False),
-        ("random", True),
-    ]
-    assert figure.data[0].y[-1] == pytest.approx(standings[0].hypervolume)
+    for over, most in (("tokens", 24 * 262_144), ("trained", 24)):
+        figure = comparison_figure(standings, over)
+        assert [(trace.name, trace.line.color) for trace in figure.data] == [
+            ("nsga2", "var(--series-0)"),
+            ("nsga2", "var(--series-0)"),
+            ("random", "var(--series-1)"),
+        ]
+        assert (figure.data[0].x[-1], figure.data[0].y[-1]) == (most, pytest.approx(standings[0].hypervolume))
+    page = render_comparison(standings)
+    assert "nsga2, 2 runs</li>" in page
+    assert f"{mean:.4f} ±" in page
 
 
 def test_the_command_compares(runs: tuple[Path, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = tmp_path / "comparison.html"
     assert main([*map(str, runs), "--html", str(page)]) == 0
     assert "Runs side by side" in capsys.readouterr().out
-    assert "Hypervolume over training tokens" in page.read_text()
+    assert "Over training tokens" in page.read_text()
 
 
 def test_the_command_writes_the_page_of_one_run(runs: tuple[Path, ...], capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,6 @@ import json
 import re
 import sqlite3
 from collections.abc import Sequence
-from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -20,58 +19,10 @@ from search.report import front_table, print_front, write_front_image, write_rep
 from search.report_data import follow_progress, read_run
 from search.report_metrics import order_metrics
 from star_core.genome import BASELINES, POOL
+from tests.search.parsed_page import Page
 from tests.search.synthetic_run import OBJECTIVES, write_synthetic_run
 
 TEMPLATES = Path(__file__).parents[2] / "search" / "templates"
-# Elements that HTML never closes.
-VOID = {"meta", "link", "br", "hr", "img", "input"}
-
-
-class Page(HTMLParser):
-    """What a browser would see of a page: elements, texts, and whether every element is closed in order."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.texts: list[str] = []
-        self.scripts: list[tuple[dict[str, str | None], str]] = []
-        self.errors: list[str] = []
-        self._open: list[str] = []
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag == "script":
-            self.scripts.append((dict(attrs), ""))
-        if tag not in VOID:
-            self._open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        if not self._open or self._open.pop() != tag:
-            self.errors.append(f"</{tag}> at {self.getpos()}")
-
-    def handle_data(self, data: str) -> None:
-        if self._open and self._open[-1] == "script":
-            attributes, text = self.scripts[-1]
-            self.scripts[-1] = (attributes, text + data)
-        elif not (self._open and self._open[-1] == "style"):
-            self.texts.append(data)
-
-    @property
-    def text(self) -> str:
-        return re.sub(r"\s+", " ", " ".join(self.texts))
-
-    def figures(self) -> dict[str, dict]:
-        wanted = [attributes["data-figure"] for _, attributes in self.elements if "data-figure" in attributes]
-        held = {a["id"]: text for a, text in self.scripts if a.get("type") == "application/json"}
-        return {name: json.loads(held[name]) for name in wanted}
-
-    def count(self, tag: str, class_: str) -> int:
-        return sum(name == tag and class_ in (a.get("class") or "").split() for name, a in self.elements)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +100,11 @@ def test_pictures_and_figures_have_texts_for_those_who_cannot_see_them(page: Pag
 def test_every_colour_used_is_in_both_palettes(page_text: str) -> None:
     palette = (TEMPLATES / "palette.css").read_text()
     light, dark = (set(re.findall(r"(--[\w-]+):", part)) for part in palette.split("@media"))
-    used = set(re.findall(r"var\((--[\w-]+)\)", page_text.replace(get_plotlyjs(), ""))) - {"--fill"}
+    used = set(re.findall(r"var\((--[\w-]+)\)", page_text.replace(get_plotlyjs(), ""))) - {
+        "--fill",
+        "--series",
+        "--share",
+    }
     assert used <= light
     # The rest is meant for both themes.
     assert light - dark == {"--liv-ink", "--hatch"}
@@ -207,7 +162,7 @@ def test_axis_titles_hold_units(page: Page) -> None:
         "Decode time (× reference)",
         "Cache (KiB)",
         "Hypervolume (share of the box)",
-        "Generation (0 is the initial population)",
+        "Generation",
         "Share of all LIVs (%)",
         "Training step",
         "Training loss (nats per token)",
@@ -332,7 +287,7 @@ def test_values_over_several_powers_of_ten_get_log_axes(tmp_path: Path) -> None:
     write_synthetic_run(tmp_path, change=lambda m: {**m, "cache_bytes": m["cache_bytes"] ** 4}, failing=0.0)
     page = report_of(tmp_path)
     axes = json.loads(next(text for a, text in page.scripts if a.get("id") == "axes"))
-    assert {axis["title"].split(" (")[0] for axis in axes if axis["log"]} == {"Cache"}
+    assert {axis["title"].split(" (")[0] for axis in axes if axis["type"] == "log"} == {"Cache"}
     progress = follow_progress(read_run(tmp_path))
     assert progress is not None
     assert progress.log_scaled == {"cache_bytes"}

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from search.evaluation import Status
+from search.front import front_of
 from search.report import front_table, print_front, write_front_image
 from search.report_data import find_ancestors, follow_progress, read_run
 from search.report_drawing import (
@@ -19,15 +21,17 @@ from search.report_drawing import (
     assign_lanes,
     describe_genome,
     draw_genome,
+    draw_lineage,
     liv_classes,
     tensor_rails,
     weight_rails,
 )
 from search.report_metrics import column_for, format_seconds, list_facts
 from search.report_scatter import lower_left
+from search.report_variation import Tally, sum_up_variation
 from search.store import Store
 from star_core.genome import BASELINES, POOL, Genome, random_genome
-from tests.search.synthetic_run import OBJECTIVES, write_synthetic_run
+from tests.search.synthetic_run import CHANGES, OBJECTIVES, write_synthetic_run
 
 TEMPLATES = Path(__file__).parents[2] / "search" / "templates"
 
@@ -93,7 +97,65 @@ def test_ancestors_are_the_parents_and_theirs(run_dir: Path) -> None:
     assert len(find_ancestors(run, member, 2)) == 2
 
 
+# Variation
+
+
+def test_every_candidate_has_one_origin_and_counts_in_each_of_its_changes(run_dir: Path) -> None:
+    run = read_run(run_dir)
+    variation = sum_up_variation(run)
+    assert [tally.name for tally in variation.origins] == ["sampled afresh", "bred from two parents"]
+    assert sum(tally.candidates for tally in variation.origins) == len(run.candidates)
+    assert sum(tally.lasting for tally in variation.origins) == len(run.front)
+    assert {tally.name for tally in variation.changes} == set(CHANGES)
+    for tally in variation.changes:
+        members = [c for c in run.candidates if tally.name in c.mutations]
+        assert tally.candidates == len(members)
+        assert tally.repaired == sum(c.repaired for c in members)
+        assert tally.failed == sum(c.status is not Status.OK for c in members)
+        assert tally.lasting <= tally.paid <= tally.candidates
+    assert [t.candidates for t in variation.changes] == sorted((t.candidates for t in variation.changes), reverse=True)
+    repaired = sum(c.repaired for c in run.candidates)
+    assert repaired > 0
+    assert f"crossover left {repaired} (" in variation.summary
+
+
+def test_who_paid_was_on_the_front_of_its_own_time(run_dir: Path) -> None:
+    run = read_run(run_dir)
+    expected = 0
+    for generation in run.generations:
+        front = front_of([c for c in run.scored if c.generation <= generation], run.ranking)
+        expected += sum(member.generation == generation for member in front)
+    assert sum(tally.paid for tally in sum_up_variation(run).origins) == expected
+
+
+def test_what_broke_the_budget_untrained_has_not_failed(run_dir: Path) -> None:
+    run = read_run(run_dir)
+    untrained = replace(run.candidates[0], status=Status.OVER_BUDGET, parents=(), repaired=False, mutations=())
+    variation = sum_up_variation(replace(run, candidates=(untrained,), front=()))
+    assert variation.origins == (Tally("sampled afresh", 1, 0, 0, 0, 0),)
+    assert variation.changes == ()
+    assert variation.summary == (
+        "Of 0 candidates that were bred, crossover left 0 invalid, which were repaired. "
+        "Of all 1, 0 (0.0\N{NO-BREAK SPACE}%) ended as INVALID."
+    )
+
+
 # Drawings
+
+
+def test_ancestors_on_the_front_are_numbered_and_lead_to_their_drawings(run_dir: Path) -> None:
+    run = read_run(run_dir)
+    member = next(m for m in run.front if m.parents)
+    ancestors = find_ancestors(run, member, 60)
+    numbers = {ancestors[0].genome_hash: 4, ancestors[-1].genome_hash: 7}
+    svg = draw_lineage(ancestors, {a.genome_hash: f"title of {a.genome_hash}" for a in ancestors}, numbers)
+    space = "{http://www.w3.org/2000/svg}"
+    drawn = ElementTree.fromstring(svg)
+    assert [link.get("href") for link in drawn.iter(f"{space}a")] == ["#winner-7"]
+    texts = [e.text for e in drawn.iter(f"{space}text") if "number" in (e.get("class") or "")]
+    assert sorted(texts) == ["4", "7"]
+    assert sum(1 for _ in drawn.iter(f"{space}circle")) == len(ancestors)
+    assert f"title of {ancestors[-1].genome_hash}" in svg
 
 
 def test_sharing_of_the_papers_example_becomes_rails() -> None:
@@ -216,6 +278,7 @@ def test_columns_choose_units_for_their_values() -> None:
     assert column_for("prefill_ms_ratio", [0.5, 0.8]).format_with_unit(0.5) == "0.500×"
     assert column_for("warm_up_seconds", [2.0]).title == "Warm up (s)"
     assert column_for("perplexity", [5.0, 200.0]).log
+    assert column_for("perplexity", [2.0, 200.0]).decades == pytest.approx(2.0)
     assert not column_for("perplexity", [0.0, 200.0]).log
     assert column_for("perplexity", []).format(None) == "–"
 
@@ -230,6 +293,8 @@ def test_durations_and_facts_are_written_for_people() -> None:
         "data": [],
         "corpus": {"name": "sotu"},
         "id": "f" * 64,
+        "inherit": False,
+        "gpus_per_task": 0.0,
     }
     assert list_facts(facts) == [
         ("Memory", "16.00 GiB"),
@@ -237,6 +302,8 @@ def test_durations_and_facts_are_written_for_people() -> None:
         ("Training tokens", "12,345"),
         ("Corpus name", "sotu"),
         ("Id", "ffffffffffff…"),
+        ("Children inherit weights", "no"),
+        ("GPUs of a task", "0"),
     ]
 
 
@@ -257,6 +324,7 @@ def test_text_has_the_contrast_that_wcag_asks_for(theme: str) -> None:
 
     texts = ("ink", "soft", "accent", "good", "weights", "tensors", "baseline")
     pairs = [(text, ground) for text in texts for ground in ("page", "surface", "raised")]
+    pairs += [(f"series-{number}", ground) for number in range(8) for ground in ("page", "surface")]
     pairs += [("liv-ink", f"liv-{number}") for number in range(1, 10)] + [("on-accent", "accent")]
     for text, ground in pairs:
         low, high = sorted((luminance(text), luminance(ground)))

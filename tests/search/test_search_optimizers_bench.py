@@ -20,7 +20,7 @@ PER_STEP = 8 * 64  # tokens in a step of the smoke preset, which has 32
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_gets_as_many_tokens(method: str) -> None:
-    settings = settings_of(method, seed=3, generations=12, population=12, rungs=3)
+    settings = settings_of(method, seed=3, depth=4, generations=12, population=12, rungs=3)
     assert settings.seed == 3
     steps = 12 * 32 if settings.rungs == 1 else 12 * 3 + 4 * (10 - 3) + 2 * (32 - 10)
     assert settings.generations * steps == pytest.approx(12 * 12 * 32, rel=0.02)
@@ -33,7 +33,7 @@ def candidate(number: int, status: Status = Status.OK, rungs: int = 0) -> Evalua
 
 
 def test_a_trace_counts_the_tokens_of_the_rungs_that_were_reached() -> None:
-    settings = settings_of("nsga2 with rungs", 0, 12, 12, 3)
+    settings = settings_of("nsga2 with rungs", 0, 4, 12, 12, 3)
     candidates = [
         candidate(0, rungs=1),
         candidate(1, rungs=3),
@@ -44,8 +44,11 @@ def test_a_trace_counts_the_tokens_of_the_rungs_that_were_reached() -> None:
     assert [tokens // PER_STEP for tokens in trace.tokens] == [3, 35, 45, 55]
     assert [losses is not None for losses in trace.losses] == [False, True, False, False]
     assert trace.losses[1] == (math.log(7.0), math.log(1e6 + 1), math.log(1e4))
-    whole = trace_of([candidate(0), candidate(1, Status.OOM)], settings_of("ga", 0, 12, 12, 3), "ga")
+    whole = trace_of([candidate(0), candidate(1, Status.OOM)], settings_of("ga", 0, 4, 12, 12, 3), "ga")
     assert [tokens // PER_STEP for tokens in whole.tokens] == [32, 64]
+    no_cache = dataclasses.replace(candidate(0), metrics=candidate(0).metrics | {"cache_bytes": 0.0})
+    losses = trace_of([no_cache], settings_of("ga", 0, 4, 12, 12, 3), "ga").losses[0]
+    assert losses == (math.log(8.0), math.log(1e6), math.log(1024.0))
     assert [losses is not None for losses in whole.losses] == [True, False]
 
 
@@ -77,7 +80,7 @@ def test_the_comparison_runs_and_writes_its_figure(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(search_optimizers.PRESETS, "smoke", _tiny())  # type: ignore[index]
     out = tmp_path / "small.json"
-    options = ["--seeds", "1", "--generations", "2", "--population", "4", "--rungs", "2", "--jobs", "1"]
+    options = ["--seeds", "1", "--depth", "2", "--generations", "2", "--population", "4", "--rungs", "2", "--jobs", "1"]
     search_optimizers.main([*options, "--methods", "random", "nsga2 with rungs", "--out", str(out)])
     result = json.loads(out.read_text())
     assert [run["method"] for run in result["runs"]] == ["random", "nsga2 with rungs"]
@@ -90,5 +93,5 @@ def test_the_comparison_runs_and_writes_its_figure(tmp_path: Path, monkeypatch: 
 def _tiny() -> Settings:
     smoke = search_optimizers.PRESETS["smoke"]
     return dataclasses.replace(
-        smoke, depth=2, width=32, head_dim=8, tokens=512, seq_len=16, batch_size=4, valid_tokens=256, workers="inline"
+        smoke, width=32, head_dim=8, tokens=512, seq_len=16, batch_size=4, valid_tokens=256, workers="inline"
     )

@@ -25,13 +25,15 @@ from rich.console import Console
 from bench.hardware import machine
 from search.driver import search
 from search.evaluate import Outcome, Task
+from search.evaluation import Evaluation, Status
 from search.report import LiveReport, write_report
 from search.settings import Settings
-from search.store import Evaluation, Status, Store, write_json
+from search.store import Store, write_json
 from search.view import View
 from search.workers import Progress
 from star_core.genome import random_genome
-from tests.search.fake_workers import FakeWorkers, fake_settings, invented
+from tests.search.fake_workers import FakeWorkers, fake_settings
+from tests.search.invented import invented
 
 OBJECTIVES = ("perplexity", "parameters", "cache_bytes", "decode_ms_per_token_ratio", "peak_memory_bytes_ratio")
 DEPTH = 8

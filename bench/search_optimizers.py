@@ -33,10 +33,11 @@ from bench.hardware import machine, short_name
 from search.box import dominated_share
 from search.data import load_corpus
 from search.driver import search
+from search.evaluation import Evaluation, Status
 from search.nsga2 import Archive, FloatArray
 from search.report_svg import label, picture, tag
 from search.settings import PRESETS, RUNG_FACTOR, Settings
-from search.store import Evaluation, Status, Store, write_json
+from search.store import Store, write_json
 from search.view import View
 from search.workers import make_workers
 

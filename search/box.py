@@ -9,9 +9,9 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from search.evaluation import Evaluation
 from search.nsga2 import FloatArray, hypervolume
 from search.report_metrics import needs_log_axis
-from search.store import Evaluation
 
 BoolArray = npt.NDArray[np.bool_]
 

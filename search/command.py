@@ -16,6 +16,8 @@ from rich.console import Console
 from bench.harness import machine
 from search.data import Corpus, DataError, load_corpus
 from search.driver import search
+from search.evaluation import Evaluation
+from search.front import is_feasible, sentence_without_front
 from search.optimizers import make_optimizer
 from search.options import Parser, UsageError
 from search.ranking import Ranking, Term
@@ -33,15 +35,7 @@ from search.settings import (
     SettingsError,
 )
 from search.start import NAMES, read_starts
-from search.store import (
-    Evaluation,
-    RunFolderError,
-    Store,
-    is_feasible,
-    read_json,
-    sentence_without_front,
-    write_json,
-)
+from search.store import RunFolderError, Store, read_json, write_json
 from search.view import View
 from search.workers import Workers, make_workers
 from star_core.genome import LEVELS

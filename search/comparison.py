@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 from rich.table import Table
 
+from search.evaluation import Evaluation, Status
+from search.front import Front
 from search.report_data import CURVE_POINTS, Run, box_of
 from search.report_metrics import Column, column_for, format_seconds
 from search.settings import at_rung
-from search.store import Evaluation, Front, Status
 
 
 class Point(NamedTuple):

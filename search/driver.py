@@ -15,11 +15,13 @@ import nevergrad as ng
 from search.ask_tell import AskTell
 from search.data import Corpus
 from search.evaluate import Outcome, count_metrics
+from search.evaluation import Evaluation, Status
+from search.front import front_of
 from search.optimizers import make_optimizer
 from search.settings import Settings
 from search.space import GenomeParameter
 from search.stages import Request, Stages
-from search.store import Evaluation, Status, Store, front_of
+from search.store import Store
 from search.view import View
 from search.workers import Workers
 from star_core import Genome

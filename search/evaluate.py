@@ -21,9 +21,10 @@ import torch
 
 from bench.harness import measure_model
 from search.data import Corpus
+from search.evaluation import Status
 from search.inherit import inherit_weights
 from search.settings import MEASURED, Settings
-from search.store import Status, read_json, write_json
+from search.store import read_json, write_json
 from search.train import DeadlineExceeded, Diverged, Flat, peak_rate, train
 from star_core import Genome, LanguageModel, ModelConfig
 from star_core.genome.baselines import transformer_pp

@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from search.evaluation import Evaluation
 from search.report_data import Run
 from search.settings import SettingsError
-from search.store import Evaluation
 from star_core.genome import GENES, Genome
 
 

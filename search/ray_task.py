@@ -6,6 +6,8 @@ does the same ones.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 import pickle
 import signal
@@ -14,7 +16,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +39,7 @@ WATCH_SECONDS = 0.5
 """Time between two looks for the node's own process."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Parcel:
     """What a task needs on its node.
 
@@ -55,13 +56,13 @@ class Parcel:
     files: Files
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Delivery:
     """What comes back: the outcome, and files for the run folder, the trained weights among them.
 
     Attributes:
-        outcome: How it ended; None where the node's disk was full.
-        files: Contents by name.
+        outcome: How it ended; None where the disk was full.
+        files: Contents by name; none where the task was done in the run folder.
     """
 
     outcome: Outcome | None
@@ -85,7 +86,11 @@ class Board:
 
 
 def do_task(parcel: Parcel, corpus: Files | None, board: Any) -> Delivery | None:
-    """Do a task in a folder of this node; return None if the node can't see the run folder and needs the corpus.
+    """Do a task; return None if the node can't see the run folder and needs the corpus.
+
+    Where the node sees the run folder, the task is done there: its result is safe as soon as it is there, and a task
+    that is begun anew, after the driver or this process was killed, finds it. Elsewhere it is done in a folder of the
+    node's, and everything comes back with the delivery.
 
     Args:
         parcel: What to do.
@@ -94,27 +99,22 @@ def do_task(parcel: Parcel, corpus: Files | None, board: Any) -> Delivery | None
     """
     # Or every candidate's process would run the file of Ray's own process again, which imports Ray.
     sys.modules["__main__"].__dict__.pop("__file__", None)
-    # A driver that is killed takes the Ray that it has started along at once, but Ray's processes look for it for a
-    # minute more, tried with 2.60.
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    _end_with_node()
     start_server()
     task, care = pickle.loads(parcel.job)
-    shared = _reads_same(task.work / "corpus.json", parcel.manifest)
-    if not shared and corpus is None:
+    if _reads_same(task.work / "corpus.json", parcel.manifest) and os.access(task.work, os.W_OK):
+        return Delivery(_do(task, care, parcel.jobs, board), {})
+    if corpus is None:
         return None
     with tempfile.TemporaryDirectory(prefix="star-") as name:
-        work = Path(name)
-        if shared:
-            for file in CORPUS:
-                (work / file).symlink_to(task.work / file)
-        else:
-            write_files(work, corpus or {})
-        write_files(work, parcel.files)
-        return _do(task, care, work, parcel.jobs, board)
+        here = dataclasses.replace(task, work=Path(name))
+        write_files(here.work, corpus)
+        write_files(here.work, parcel.files)
+        return Delivery(_do(here, care, parcel.jobs, board), files_of(here))
 
 
-def _do(task: Task, care: Care, work: Path, jobs: int, board: Any) -> Delivery:
-    import dataclasses
+def _do(task: Task, care: Care, jobs: int, board: Any) -> Outcome | None:
+    """Return how a task ended, None for a full disk."""
     import errno
     from contextlib import closing
 
@@ -123,15 +123,14 @@ def _do(task: Task, care: Care, work: Path, jobs: int, board: Any) -> Delivery:
     def report(task: Task, step: int, loss: float) -> None:
         board.put.remote(task.genome_hash, step, loss)
 
-    here = dataclasses.replace(task, work=work)
     with closing(ProcessWorkers(care)) as workers:
         try:
-            [(_, outcome)] = workers.run([here], jobs, report)
+            [(_, outcome)] = workers.run([task], jobs, report)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            return Delivery(None, {})
-    return Delivery(outcome, files_of(here))
+            return None
+    return outcome
 
 
 def files_of(task: Task) -> Files:
@@ -154,8 +153,17 @@ def write_files(folder: Path, files: Files) -> None:
         temporary.replace(folder / name)
 
 
-def _end_with(node: int) -> None:
-    """Wait until the node's own process is gone, then end this one; the candidate's ends with it."""
+@functools.cache
+def _end_with_node() -> None:
+    """See to it, once in a process, that it ends when the node's own process is gone; the candidate's ends with it.
+
+    A driver that is killed takes the Ray that it has started along at once, but Ray's processes look for it for a
+    minute more, tried with 2.60.
+    """
+    threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_after(node: int) -> None:
     while os.getppid() == node:
         time.sleep(WATCH_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,8 +1,8 @@
 """Candidates on a Ray cluster, or on a Ray that is started on this machine for the search.
 
 Every candidate is a plain task in a Ray process of its own, which looks after one more process: deadline, memory limit
-and a second try after death by a signal are those of `search.workers.ProcessWorkers`. Outcome and weights come back as
-the task's return value, and the driver alone writes to the run folder: the nodes need not see it.
+and a second try after death by a signal are those of `search.workers.ProcessWorkers`. Nodes that see the run folder
+leave result and weights there; the others send them back as the task's return value.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 
 from search.evaluate import Outcome, Task
+from search.evaluation import Status
 from search.ray_task import CORPUS, Board, Delivery, Parcel, do_task, files_of, write_files
 from search.settings import Settings, SettingsError
-from search.store import Status, write_json
+from search.store import write_json
 from search.workers import Care, Progress, finished
 
 RETRIES = 2
@@ -66,7 +67,9 @@ class RayWorkers:
         except SettingsError:
             self.close()
             raise
-        self._remote = ray.remote(max_calls=1, max_retries=RETRIES)(do_task)
+        # A process that has done a task does the next one without the imports; but the GPUs that its candidates see are
+        # those of its first task.
+        self._remote = ray.remote(max_calls=1 if self._gpus else 0, max_retries=RETRIES)(do_task)
         self._board = ray.remote(num_cpus=0, max_restarts=-1)(Board).remote()
 
     def _start(self, address: str | None) -> None:
@@ -77,8 +80,11 @@ class RayWorkers:
         try:
             self._ray.init(address or "local", log_to_driver=False, logging_level="ERROR", **local)
         except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
+            reason = _first_line(error)
+            if "InvalidAuthToken" in str(error.__cause__):  # Ray itself says that it could not connect
+                reason = "it wants its token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN if Ray has not kept it here"
             raise SettingsError(
-                f"ray_address: no Ray cluster can be used at {address or 'this machine'}: {_first_line(error)}"
+                f"ray_address: no Ray cluster can be used at {address or 'this machine'}: {reason}"
             ) from error
 
     def _fitting_nodes(self) -> dict[str, dict[str, float]]:

@@ -17,12 +17,12 @@ from rich.console import Console
 
 from search.comparison import compare_runs, terminal_comparison
 from search.comparison_page import render_comparison
+from search.front import sentence_without_front
 from search.optuna_export import export_study
 from search.report_data import read_run
 from search.report_page import render_page
 from search.report_scatter import write_front_image
 from search.report_table import FrontRow, rows_of, terminal_table
-from search.store import sentence_without_front
 
 __all__ = ["FrontRow", "LiveReport", "front_table", "print_front", "write_front_image", "write_report"]
 

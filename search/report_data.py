@@ -20,10 +20,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from search.box import Box
+from search.evaluation import Evaluation, Status
+from search.front import Front, front_of, is_feasible
 from search.nsga2 import FloatArray
 from search.ranking import Ranking
 from search.settings import at_rung
-from search.store import Evaluation, Front, Status, front_of, is_feasible, read_curves, read_evaluations
+from search.store import read_curves, read_evaluations
 
 Item = TypeVar("Item")
 CURVE_POINTS = 100
@@ -37,7 +39,7 @@ MOST_DRAWN = 3000
 @dataclass(frozen=True)
 class Run:
     """A run folder in memory. `front` is sorted by the first objective; `finals` has the summary of the repetitions of
-    its members, by hash, as `search.store.summary_of` makes it, for those that were repeated."""
+    its members, by hash, as `search.front.summary_of` makes it, for those that were repeated."""
 
     directory: Path
     config: Mapping[str, Any]

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+from search.evaluation import Evaluation
 from search.report_svg import escaped, label, picture, tag
-from search.store import Evaluation
 from star_core.genome import POOL, Genome, LIVClass
 
 FAMILIES: Mapping[str, str] = {

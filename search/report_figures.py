@@ -13,11 +13,11 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from search.evaluation import Evaluation
 from search.report_data import Progress, Run, thin
 from search.report_drawing import FAMILIES, base_class, liv_classes
 from search.report_metrics import Column, order_metrics
 from search.report_scatter import BASELINE_SYMBOLS, NUMBERED_FRONT, choose_pairs, lower_left, value_of
-from search.store import Evaluation
 from star_core.genome import POOL
 
 _LIVS_PER_LINE = 4

@@ -15,6 +15,8 @@ from typing import Any
 import plotly.graph_objects as go
 from markupsafe import Markup
 
+from search.evaluation import Evaluation, Status
+from search.front import sentence_without_front
 from search.report_data import Progress, Run, Rung, compare_rungs, count_failures, find_ancestors, follow_progress
 from search.report_drawing import FAMILIES, base_class, draw_genome, draw_lineage, family_of, liv_classes
 from search.report_figures import (
@@ -31,7 +33,6 @@ from search.report_metrics import Column, format_seconds, humanise, list_facts, 
 from search.report_scatter import NUMBERED_FRONT, choose_pairs, columns_of, draw_pair
 from search.report_table import FrontRow, best_value, columns_of_rows, rows_of
 from search.report_variation import sum_up_variation
-from search.store import Evaluation, Status, sentence_without_front
 from star_core.genome import POOL, Genome
 
 # More would not be told apart in the drawing; a run of 18 generations seldom needs as many.

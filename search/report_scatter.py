@@ -12,10 +12,10 @@ from functools import partial
 from importlib.resources import files
 from pathlib import Path
 
+from search.evaluation import Evaluation
 from search.report_data import Run, read_run
 from search.report_metrics import Column, column_for
 from search.report_svg import escaped, label, picture, tag
-from search.store import Evaluation
 
 BASELINE_SYMBOLS = ("diamond", "square", "triangle-up", "x")
 # Above this many front members their numbers would hide one another.

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from rich.table import Table
 from rich.text import Text
 
+from search.evaluation import Evaluation, Status
 from search.report_data import Run
 from search.report_drawing import family_of, liv_classes
 from search.report_metrics import Column, column_for, lower_is_better, order_metrics
-from search.store import Evaluation, Status
 from star_core.genome import POOL
 
 # Shown in a terminal even where they are not objectives, since every reader asks for them.

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from search.evaluation import Evaluation, Status
+from search.front import Front
 from search.report_data import Run
-from search.store import Evaluation, Front, Status
 
 _ORIGINS = ("sampled afresh", "bred from one parent", "bred from two parents")
 

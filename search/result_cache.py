@@ -20,8 +20,9 @@ import torch
 
 from bench.harness import machine
 from search.evaluate import Outcome, Task
+from search.evaluation import Status
 from search.settings import SettingsError
-from search.store import Status, full_disk
+from search.store import full_disk
 
 SHARED = (Status.OK, Status.NAN, Status.FLAT, Status.INVALID)
 """Ends that are the genome's own doing; time and memory that ran out are another machine's."""

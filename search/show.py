@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from search.operations import mixing_flops
 from search.report_drawing import draw_genome
 from search.report_svg import tag
 from star_core import Genome, LanguageModel, ModelConfig
-from star_core.genome import LIVClass, Residual, describe
-from star_core.genome.decode import count_heads, takes_ffn
+from star_core.genome import Residual, describe
+from star_core.genome.decode import takes_ffn
 
 _RESIDUALS = {
     Residual.PRE_NORM: "",
@@ -65,29 +66,6 @@ def account(genome: Genome, config: ModelConfig, contexts: Sequence[int]) -> Acc
         {length: sum(mixing_flops(cls, model.config, length) for cls in genome.classes) for length in contexts},
         {length: model.cache_bytes(1, length) for length in contexts},
     )
-
-
-def mixing_flops(cls: LIVClass, config: ModelConfig, context: int) -> int:
-    """Return the operations of the mixing of tokens for one token with `context` ones up to it.
-
-    Attention takes 2 (K + V) for each key and head, a matrix memory 4 K V a head to fade it, write to it and read from
-    it and the delta rule 2 K V more, a selective recurrence 6 N a channel, a convolution 2 a channel and tap.
-    """
-    groups = {group.name: group for group in cls.featurizer.groups}
-    copies = 2 if cls.differential else 1
-    if "q" in groups:
-        heads = count_heads(cls, config.width, cls.head_dim or config.head_dim)
-        key_dim, value_dim = (groups[name].expansion * config.width // heads for name in ("k", "v"))
-        if cls.family == "attention":
-            seen = context if cls.window is None else min(context, cls.window)
-            return copies * 2 * heads * (key_dim + value_dim) * seen
-        return copies * heads * key_dim * value_dim * (6 if cls.family == "gated_delta_rule" else 4)
-    if cls.family == "recurrence":
-        return copies * 6 * groups["B"].expansion * groups["x"].expansion * config.width
-    if cls.family in ("short_conv", "long_conv"):
-        taps = cls.window or (context if cls.family == "long_conv" else groups["K"].expansion)
-        return copies * 2 * taps * groups["v"].expansion * config.width
-    return copies * 4 * groups["value"].expansion * config.width if cls.family == "rg_lru" else 0
 
 
 def in_words(genome: Genome, config: ModelConfig, contexts: Sequence[int]) -> str:

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from search.evaluate import Outcome, Task
+from search.evaluation import Status
 from search.settings import Settings, SettingsError
-from search.store import Status
 from search.workers import Care, ProcessWorkers, Progress, finished
 
 RETRIES = 2

@@ -11,80 +11,18 @@ import fcntl
 import json
 import os
 import sqlite3
-import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from enum import StrEnum
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-from search.nsga2 import Archive
+from search.evaluation import FINAL, Evaluation, Status
+from search.front import Front, summary_of
 from search.ranking import Ranking
-
-
-class Status(StrEnum):
-    """How an evaluation ended."""
-
-    OK = "OK"
-    INVALID = "INVALID"
-    OVER_BUDGET = "OVER_BUDGET"
-    NAN = "NAN"
-    FLAT = "FLAT"
-    OOM = "OOM"
-    TIMEOUT = "TIMEOUT"
-    CRASH = "CRASH"
-
-
-FINAL = "final"
-"""First word of the kind of an evaluation that repeats a winner's with another seed; its number is the second."""
 
 
 class RunFolderError(Exception):
     """The run folder can't be used as asked; its text is one sentence for the person who asked."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One row of the log.
-
-    Attributes:
-        genome: Canonical text.
-        genome_hash: Its hash.
-        status: How it ended.
-        seed: Seed of its training.
-        generation: From 0; -1 for a baseline.
-        metrics: Objective name to value; empty unless the status is OK, or OVER_BUDGET: then what can be counted.
-        seconds: Time taken, training and measurement.
-        error: Why it failed, or None.
-        kind: "candidate" or "baseline", or "final 1" and so on for a winner's repetitions.
-        name: A baseline's name.
-        parents: Hashes of the parents.
-        repaired: Whether the genome came out of variation invalid and was repaired.
-        curve: Training loss in nats by step.
-        cached: Whether the training's result is an earlier run's.
-        rungs: With successive halving, what the training gave at each rung that it reached, lowest first; empty for a
-            training in one go.
-        mutations: Names of the changes that made it of its parents; empty at backbone level.
-        inherited: LIVs that began with a parent's weights.
-    """
-
-    genome: str
-    genome_hash: str
-    status: Status
-    seed: int
-    generation: int
-    metrics: Mapping[str, float]
-    seconds: float
-    error: str | None = None
-    kind: str = "candidate"
-    name: str | None = None
-    parents: tuple[str, ...] = ()
-    repaired: bool = False
-    curve: tuple[tuple[int, float], ...] = field(default=(), repr=False)
-    cached: bool = False
-    rungs: tuple[Mapping[str, float], ...] = ()
-    mutations: tuple[str, ...] = ()
-    inherited: int = 0
 
 
 _SCHEMA = """
@@ -263,74 +201,6 @@ def _curve(text: str) -> tuple[tuple[int, float], ...]:
 
 def _has_details(connection: sqlite3.Connection) -> bool:
     return any(row[1] == "details" for row in connection.execute("PRAGMA table_info(evaluations)"))
-
-
-def front_of(evaluations: Iterable[Evaluation], ranking: Ranking) -> list[Evaluation]:
-    """Return the candidates of `evaluations` that keep the budget and that no other one that does dominates, sorted by
-    the first objective."""
-    front = Front(ranking)
-    front.update(evaluations)
-    return front.members()
-
-
-class Front:
-    """The front of a log that grows, without looking at the whole log each time.
-
-    Args:
-        ranking: How candidates are compared.
-    """
-
-    def __init__(self, ranking: Ranking) -> None:
-        self.ranking = ranking
-        self._archive: Archive[Evaluation] = Archive(len(ranking.objectives))
-
-    def __len__(self) -> int:
-        return len(self._archive.items)
-
-    def update(self, fresh: Iterable[Evaluation]) -> None:
-        """Take in what was logged since the last time."""
-        feasible = [e for e in fresh if is_feasible(e, self.ranking)]
-        self._archive.add([self.ranking.losses(e.metrics) for e in feasible], feasible)
-
-    def members(self) -> list[Evaluation]:
-        """Return the front of everything, sorted by the first objective."""
-        first = self.ranking.objectives[0]
-        return sorted(self._archive.items, key=lambda e: (e.metrics[first], e.genome_hash))
-
-
-def is_feasible(evaluation: Evaluation, ranking: Ranking) -> bool:
-    """Tell whether an evaluation is a candidate's that succeeded, trained to the end, and keeps the budget."""
-    succeeded = evaluation.kind == "candidate" and evaluation.status is Status.OK
-    return succeeded and not ranking.tier(len(evaluation.rungs)) and ranking.violation(evaluation.metrics) == 0
-
-
-def summary_of(repeated: Sequence[Evaluation]) -> dict[str, Any]:
-    """Sum up a winner's repetitions.
-
-    Returns:
-        `seeds`: how many succeeded; `failed`: how many did not; `mean` and, from two on, `deviation` of each metric:
-        the sample standard deviation, with n - 1.
-    """
-    done = [e.metrics for e in repeated if e.status is Status.OK]
-    values = {name: [metrics[name] for metrics in done] for name in (done[0] if done else {})}
-    return {
-        "seeds": len(done),
-        "failed": len(repeated) - len(done),
-        "mean": {name: statistics.fmean(column) for name, column in values.items()},
-        "deviation": {name: statistics.stdev(column) for name, column in values.items() if len(column) > 1},
-    }
-
-
-def sentence_without_front(evaluations: Sequence[Evaluation], ranking: Ranking) -> str:
-    """Say in one sentence why there is no front: nothing succeeded, or nothing keeps the budget."""
-    scored = [e for e in evaluations if e.kind == "candidate" and e.status in (Status.OK, Status.OVER_BUDGET)]
-    if not scored or not ranking.budget:
-        return "No candidate has succeeded yet, so there is no front to show."
-    nearest = min(scored, key=lambda e: ranking.violation(e.metrics))
-    return (
-        f"No candidate keeps the budget, so there is no front to show; the nearest, {nearest.genome_hash[:8]}, "
-        f"{ranking.reason(nearest.metrics)}."
-    )
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -269,8 +269,9 @@ def _lines(plan: Plan, cost: Cost, card: str, utilisation: float, cards: int) ->
     train = plan.train
     tokens = train.steps * train.batch_size * train.seq_len
     hours = cost.hours(card, cards, utilisation)
+    width = plan.model.with_sizes(Genome.parse(plan.genome).sizes).width
     return [
-        f"{plan.genome}: width {plan.model.width}, {cost.parameters:,} parameters, {cost.used:,} met by a token",
+        f"{plan.genome}: width {width}, {cost.parameters:,} parameters, {cost.used:,} met by a token",
         f"{tokens:,} tokens of {plan.text} in {train.steps:,} steps of {train.batch_size} x {train.seq_len}, "
         f"{train.precision}, {cards} processes",
         f"{cost.total:.3g} FLOPs: 6 N D = {cost.dense:.3g} and attention {cost.attention:.3g}; "

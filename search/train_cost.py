@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import nn
+
+from search.operations import mixing_flops
 from search.train_config import TrainConfig
 from star_core import LanguageModel
-from star_core.genome import POOL
+from star_core.liv.differential import Differential
+from star_core.liv.featurizer import GroupLinear
 
 CARDS: Mapping[str, float] = {
     "a100": 312e12,
@@ -31,12 +35,13 @@ class Cost:
 
     Attributes:
         parameters: Of the model, each counted once.
-        used: Parameters that a token meets: those of a featurizer as often as there are LIVs that use it, and those of
-            the output layer, tied or not; embeddings are looked up.
+        used: Parameters that a token meets: those of a featurizer as often as there are LIVs that use it, without what
+            makes the groups that a LIV reuses, and those of the output layer, tied or not; embeddings are looked up.
         dense: 6 N D operations, with `used` for N and the training's tokens for D: two forward and four backward for a
             parameter and a token (Kaplan et al. 2020, arXiv 2001.08361, section 2.1).
-        attention: Operations of scores and weighted values: 6 T width for a token and an attention map, half of what
-            the formula of PaLM's appendix B has, since the maps are causal.
+        attention: Operations of scores and weighted values: 6 T width for a token and an attention map with heads of
+            the usual sizes, half of what the formula of PaLM's appendix B has, since the maps are causal; less in a
+            band. The mixing of tokens in all other LIVs is a small part and left out.
     """
 
     parameters: int
@@ -61,13 +66,37 @@ class Cost:
 def cost_of(model: LanguageModel, config: TrainConfig) -> Cost:
     """Return what training a model costs; it may lie on the device "meta"."""
     tokens = config.steps * config.batch_size * config.seq_len
-    used = sum(parameter.numel() for liv in model.backbone.livs for parameter in liv.parameters())
-    used += model.backbone.norms[0].numel() * len(model.backbone.norms) + model.output_weight.numel()
-    classes = [POOL[genes.liv_class] for genes in model.genome.livs]
-    maps = sum(1 + liv.differential for liv in classes if liv.family == "attention")
-    return Cost(
-        parameters=model.num_parameters(),
-        used=used,
-        dense=6.0 * used * tokens,
-        attention=6.0 * config.seq_len * model.config.width * maps * tokens,
-    )
+    backbone = model.backbone
+    used = sum(_met(liv) for liv in backbone.livs) + model.output_weight.numel()
+    used += sum(norm.numel() for norm in (*backbone.norms, *backbone.out_norms.values()))
+    maps = [cls for cls in model.genome.classes if cls.family == "attention"]
+    seen = sum(mixing_flops(cls, model.config, 1) * _keys_seen(config.seq_len, cls.window) for cls in maps)
+    return Cost(parameters=model.num_parameters(), used=used, dense=6.0 * used * tokens, attention=3.0 * seen * tokens)
+
+
+def _keys_seen(seq_len: int, window: int | None) -> float:
+    """Return how many keys a query of a sequence sees on average: half of them, or fewer in a band."""
+    band = seq_len if window is None else min(window, seq_len)
+    return band - band**2 / (2 * seq_len)
+
+
+def _met(liv: nn.Module) -> int:
+    """Count the parameters of a LIV that a token meets."""
+    if isinstance(liv, Differential):
+        return _met(liv.positive) + _met(liv.negative) + liv.lam.numel()
+    met, reuse = _numel(liv), liv.reuse
+    assert isinstance(reuse, frozenset)
+    featurizer = liv.featurizer
+    assert isinstance(featurizer, nn.Module)
+    for module in featurizer.modules():
+        if isinstance(module, GroupLinear):
+            met -= sum(size for name, size in module.sizes.items() if name in reuse) * module.weight.shape[1]
+        elif isinstance(module, nn.ModuleDict):
+            met -= sum(_numel(part) for name, part in module.items() if name in reuse)
+    if "K" in reuse and isinstance(filter := featurizer.filter, nn.Module):
+        met -= _numel(filter)
+    return met
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

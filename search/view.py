@@ -15,9 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from search.evaluate import Outcome, Task
+from search.evaluation import Evaluation, Status
+from search.front import Front
 from search.report_metrics import column_for, format_seconds
 from search.settings import Settings
-from search.store import Evaluation, Front, Status
 
 NUM_BASELINES = 4
 

@@ -27,9 +27,10 @@ from typing import Protocol
 import torch
 
 from search.evaluate import Outcome, Task, run_task
+from search.evaluation import Status
 from search.server import fork_context
 from search.settings import Settings
-from search.store import Status, read_json
+from search.store import read_json
 
 REPORT_SECONDS = 0.25
 """Least time between two reports of a training's progress."""

@@ -36,13 +36,14 @@ def pointwise_attention(
     Numerics: scores in float32 (float64 for float64). Cost: O(T S) time; memory of O(S) for each stretch of queries,
         whose scores the backward pass computes again.
     """
-    batch, queries, heads, _ = q.shape
+    _, queries, heads, _ = q.shape
     grouped = torch.unflatten(q, 2, (k.shape[2], heads // k.shape[2]))
     plain = view.q_rows is None and view.lengths is None
     step = max(8, _SCORES_A_TOKEN // heads)
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     parts = []
-    for start in range(0, queries, step):
+    # One stretch is no loop over lengths, so that torch.compile can leave the length open.
+    for start in range(0, queries, step) if queries > step else (0,):
         stop = min(queries, start + step)
         first, last = 0, k.shape[1]
         if plain:  # positions rise one by one, and the last query is beside the last key
@@ -61,8 +62,6 @@ def pointwise_attention(
         else:
             part = _attend(*arguments)
         parts.append(part)
-    if not parts:
-        return v.new_zeros((batch, 0, heads, v.shape[3]))
     return torch.cat(parts, dim=1)
 
 

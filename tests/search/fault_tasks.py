@@ -1,34 +1,27 @@
-"""Tasks that fail in every way there is, for all workers; `python -m tests.search.fault_tasks` runs a search on them.
+"""Tasks that fail in every way there is, for all workers.
 
-A task does what the first letters of its genome's hash say: in a search, a letter of `FAULTS`; elsewhere, a name.
+Every process that does one imports this module, which therefore imports no more than doing a task does. A task does
+what the first letters of its genome's hash say: in a search, a letter of `FAULTS`; elsewhere, a name.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
 from multiprocessing import parent_process
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from rich.console import Console
 
 from search import evaluate
-from search.driver import search
 from search.evaluate import Outcome, Task
-from search.settings import Settings
-from search.store import Status, Store
+from search.evaluation import Status
 from search.train import Diverged
-from search.view import View
-from search.workers import Care, make_workers
-from tests.search.fake_workers import DEPTH, FakeWorkers, fake_settings, invented
+from tests.search.invented import invented
 
 FAULTS = {"0": "raise", "1": "nan", "2": "hang", "3": "memory", "4": "kill"}
 STATUSES = {
@@ -39,11 +32,11 @@ STATUSES = {
     "kill": Status.CRASH,
 }
 
-CARE = Care(grace_seconds=1.0, memory_bytes=256 * 2**20)
-"""With which hangs and real allocations end soon; `do` is filled in by `fault_care`."""
-
 PIDS = "STAR_TEST_PIDS"
 """Names a folder where every task's process leaves its number and that of the one that looks after it."""
+
+ENDS = "STAR_TEST_ENDS"
+"""Names a folder where every task that has left its result adds a letter to the file of its genome."""
 
 
 def work_for_a_moment(task: Task, started: float, report: Callable[[int, float], None] | None) -> Outcome:
@@ -82,48 +75,14 @@ def fail(task: Task, started: float, report: Callable[[int, float], None] | None
 def do_moment(task: Task, report: Callable[[int, float], None]) -> Outcome:
     """Do a task that never fails."""
     with patch.object(evaluate, "_train", work_for_a_moment):
-        return evaluate.run_task(task, report)
+        outcome = evaluate.run_task(task, report)
+    if folder := os.environ.get(ENDS):
+        with Path(folder, task.genome_hash).open("a") as file:
+            file.write("x")
+    return outcome
 
 
 def do_fail(task: Task, report: Callable[[int, float], None]) -> Outcome:
     """Do a task that may fail."""
     with patch.object(evaluate, "_train", fail):
         return evaluate.run_task(task, report)
-
-
-class FakeFaults(FakeWorkers):
-    """Makes up at once what becomes of the tasks of `do_fail`."""
-
-    def outcome(self, task: Task) -> Outcome:
-        """See `FakeWorkers`."""
-        if (fault := FAULTS.get(task.genome_hash[0])) is not None:
-            return Outcome(STATUSES[fault], {}, 0.0)
-        return Outcome(Status.OK, self.results(task.genome), 0.0)
-
-
-def fault_settings(workers: str, **changes: object) -> Settings:
-    """Return settings of a search of a dozen genomes."""
-    cluster = {"slurm": ("cluster=local",)} if workers == "slurm" else {}
-    base = {"workers": workers, "generations": 2, "population": 4, "timeout_seconds": 60.0, "jobs": 2}
-    return fake_settings(**base | cluster | {"depth": DEPTH} | changes)
-
-
-def fault_search(root: Path, settings: Settings, do: Callable[[Task, Callable[[int, float], None]], Outcome]) -> None:
-    """Search with the workers of the settings, on tasks that `do` does."""
-    care = dataclasses.replace(CARE, do=do)
-    with closing(make_workers(settings, care)) as workers, Store(root) as store:
-
-        def keep() -> None:
-            store.keep_front(settings.ranking)
-
-        (store.work / "corpus.json").write_text("{}")
-        (store.work / "tokens.bin").write_text("none")
-        with View(settings, Console(quiet=True)) as view:
-            search(settings, store, workers, view, keep)
-
-
-if __name__ == "__main__":
-    from tests.search import fault_tasks  # by the name under which other processes find its functions
-
-    asked = fault_settings(sys.argv[2], generations=int(sys.argv[3]), timeout_seconds=600.0)
-    fault_search(Path(sys.argv[1]), asked, fault_tasks.do_moment)

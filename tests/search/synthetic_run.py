@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from search.evaluation import Evaluation, Status
 from search.ranking import Ranking
-from search.store import Evaluation, Status, Store, write_json
+from search.store import Store, write_json
 from star_core.genome import BASELINES, POOL, Genome, crossover, mutate, random_genome, repair
 
 OBJECTIVES = ("perplexity", "decode_ms_per_token_ratio", "cache_bytes", "parameters", "peak_memory_bytes_ratio")

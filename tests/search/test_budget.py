@@ -12,9 +12,11 @@ import torch
 from search import driver, run
 from search.data import load_corpus
 from search.evaluate import count_metrics
+from search.evaluation import Status
+from search.front import front_of
 from search.report import write_report
 from search.settings import PRESETS
-from search.store import Status, Store, front_of, write_json
+from search.store import Store, write_json
 from star_core import Genome, LanguageModel
 from star_core.genome import BASELINES
 from tests.search.fake_workers import FakeWorkers, fake_search, fake_settings

@@ -10,11 +10,11 @@ from rich.console import Console
 
 from search.comparison import compare_runs, groups_of, terminal_comparison
 from search.comparison_page import comparison_figure, render_comparison
+from search.evaluation import Status
 from search.optuna_export import export_study
 from search.report import main
 from search.report_data import follow_progress, read_run
 from search.settings import SettingsError
-from search.store import Status
 from star_core.genome import Genome
 from tests.search.synthetic_run import write_synthetic_run
 

@@ -14,12 +14,15 @@ from rich.console import Console
 
 from search.driver import search
 from search.evaluate import Outcome, Task
+from search.evaluation import Evaluation, Status
+from search.front import front_of
 from search.settings import SettingsError
-from search.store import Evaluation, Status, Store, front_of
+from search.store import Store
 from search.view import View
 from search.workers import Workers, make_workers
 from star_core.genome.baselines import transformer_pp
-from tests.search.fault_tasks import CARE, STATUSES, FakeFaults, do_fail, fault_search, fault_settings
+from tests.search.fault_search import CARE, FakeFaults, fault_search, fault_settings
+from tests.search.fault_tasks import STATUSES, do_fail
 
 PACKAGES = {"ray": "ray", "slurm": "submitit"}
 HARMLESS = ("raise", "nan", "well")

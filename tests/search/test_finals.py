@@ -12,8 +12,10 @@ from safetensors.torch import load_file
 
 from search import run
 from search.evaluate import Outcome, Task
+from search.evaluation import Evaluation, Status
+from search.front import front_of, summary_of
 from search.report import write_report
-from search.store import Evaluation, Status, Store, front_of, summary_of, write_json
+from search.store import Store, write_json
 from tests.search.fake_workers import FakeWorkers, fake_search, fake_settings
 from tests.search.test_run import PLAIN, rows
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.search.fault_tasks import PIDS
+from tests.search.fault_tasks import ENDS, PIDS
 from tests.search.processes import Marked
+from tests.search.ray_cluster import answers, cluster
 from tests.search.test_faults import kinds
 from tests.search.test_run import RESULTS, rows
 
@@ -23,11 +24,24 @@ were only starting for 25 s; what does a task ends within `TASK_SECONDS`."""
 
 TASK_SECONDS = 20.0
 
+START_SECONDS = 300.0
+"""In which a driver's first task has begun, on a busy machine too."""
 
-def start(root: Path, kind: str, generations: int, pids: Path) -> Marked:
+SEARCH = "import sys; from tests.search.fault_search import main; main(*sys.argv[1:])"
+"""The driver. No file of its own, which every process that does a task would run again."""
+
+
+def start(root: Path, kind: str, generations: int, pids: Path, *address: str) -> Marked:
     for path in pids.iterdir():
         path.unlink()
-    return Marked(["-m", "tests.search.fault_tasks", str(root), kind, str(generations)], **{PIDS: str(pids)})
+    ends = ends_of(root)
+    ends.mkdir(exist_ok=True)
+    command = ["-c", SEARCH, str(root), kind, str(generations), *address]
+    return Marked(command, **{PIDS: str(pids), ENDS: str(ends)})
+
+
+def ends_of(root: Path) -> Path:
+    return root.with_name(f"{root.name}-ends")
 
 
 def evaluated(root: Path) -> int:
@@ -58,25 +72,36 @@ def kill_a_worker(pids: Path, killed: set[str], rng: random.Random, kind: str) -
                 return
 
 
+def check_ends(root: Path, kills: int) -> None:
+    """Assert that no genome was trained to its end twice, and each once, but for those killed as they said so."""
+    times = {path.name: len(path.read_text()) for path in ends_of(root).iterdir()}
+    assert {genome_hash: count for genome_hash, count in times.items() if count != 1} == {}
+    logged = {genome_hash for (genome_hash,) in rows(root, "genome_hash")}
+    assert times.keys() <= logged
+    assert len(logged - times.keys()) <= kills
+
+
 def check_kills(tmp_path: Path, kind: str, moments: int, generations: int) -> None:
     whole, cut, pids = tmp_path / "whole", tmp_path / "cut", tmp_path / "pids"
     pids.mkdir()
-    run = start(whole, kind, generations, pids)
+    # What a task gives does not depend on who does it, and a fresh process takes seconds less than a task of Ray's.
+    run = start(whole, "processes", generations, pids)
     run.finish()
-    assert run.left(PATIENCE[kind]) == []
+    assert run.left(PATIENCE["processes"]) == []
 
     rng, gone = random.Random(0), list[Marked]()
     run, killed, seen, hits = start(cut, kind, generations, pids), set[str](), 0, 0
     for _ in range(moments):
-        # Somewhere between the start, at which nothing runs yet, and the end of the next task or two.
-        deadline = time.monotonic() + 60
+        # Four times of five between the start of a task and the end of the next; once before there is one.
+        early = rng.random() < 0.2
+        deadline = time.monotonic() + (10.0 * rng.random() if early else START_SECONDS)
         while not list(pids.iterdir()) and run.process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.01)
-        time.sleep(1.5 * rng.random())
+        time.sleep(0.0 if early else 1.5 * rng.random())
         if rng.random() < 0.5:
             kill_a_worker(pids, killed, rng, kind)
             time.sleep(0.2 * rng.random())
-        hits += run.process.poll() is None
+        hits += run.process.poll() is None and bool(list(pids.iterdir()))
         run.kill()
         assert left_of_tasks(run, pids) == set()
         gone.append(run)
@@ -87,6 +112,8 @@ def check_kills(tmp_path: Path, kind: str, moments: int, generations: int) -> No
     assert run.left(PATIENCE[kind]) == []
     assert [line for dead in gone for line in dead.left(PATIENCE[kind])] == []
     assert hits > moments / 2
+    check_ends(whole, 0)
+    check_ends(cut, moments)
     assert rows(cut, RESULTS) == rows(whole, RESULTS)
     assert (cut / "front.json").read_text() == (whole / "front.json").read_text()
     names = [sorted(path.name for path in (root / "best").iterdir()) for root in (cut, whole)]
@@ -100,7 +127,48 @@ def test_three_kills_change_nothing(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # ten minutes on an idle machine, by the time that twenty drivers take to start
 @pytest.mark.parametrize("kind", kinds("processes", "ray"))
 def test_twenty_kills_change_nothing(tmp_path: Path, kind: str) -> None:
     # As many tasks as are done between twenty kills: two or three in each life on processes, one or two on Ray.
-    check_kills(tmp_path, kind, 20, {"processes": 20, "ray": 5}[kind])
+    check_kills(tmp_path, kind, 20, {"processes": 20, "ray": 6}[kind])
+
+
+def at_work(mark: str) -> list[str]:
+    """Return the command lines of a cluster's tasks, and of what they have started."""
+    lines = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended
+            line = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            if mark.encode() in (folder / "environ").read_bytes() and ("do_task" in line or "forkserver" in line):
+                lines.append(line)
+    return lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", kinds("ray"))
+def test_a_cluster_outlives_a_killed_driver_and_its_tasks_do_not(tmp_path: Path, kind: str) -> None:
+    whole, cut, pids = tmp_path / "whole", tmp_path / "cut", tmp_path / "pids"
+    pids.mkdir()
+    start(whole, "processes", 1, pids).finish()
+    for root in (whole, cut):
+        ends_of(root).mkdir(exist_ok=True)
+    mark = f"{ENDS}={ends_of(cut)}"
+    with cluster(**{PIDS: str(pids), ENDS: str(ends_of(cut))}) as address:
+        for _ in range(2):
+            run = start(cut, kind, 1, pids, address)
+            deadline = time.monotonic() + START_SECONDS
+            while not list(pids.iterdir()) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert at_work(mark), "no task has begun"
+            run.kill()
+            deadline = time.monotonic() + TASK_SECONDS
+            while (left := at_work(mark)) and time.monotonic() < deadline:
+                time.sleep(0.1)
+            assert left == []
+            assert run.left(PATIENCE[kind]) == []
+            assert answers(address)
+        start(cut, kind, 1, pids, address).finish()
+        assert answers(address)
+    check_ends(cut, 2)
+    assert rows(cut, RESULTS) == rows(whole, RESULTS)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from search.data import load_corpus
-from search.store import Status, Store
+from search.evaluation import Status
+from search.store import Store
 from star_core import Genome
 from star_core.genome import MUTATIONS, validate
 from tests.search.fake_workers import FakeWorkers, fake_search, fake_settings

@@ -10,11 +10,12 @@ import pytest
 
 from search import nsga2, run
 from search.ask_tell import AskTell
+from search.evaluation import Status
 from search.evolution import NSGA2
 from search.optimizers import GeneticAlgorithm, Nevergrad, RandomSearch, make_optimizer
 from search.report_data import follow_progress, read_run
 from search.settings import SettingsError
-from search.store import Status, Store, write_json
+from search.store import Store, write_json
 from star_core.genome import transformer_pp
 from tests.search.fake_workers import DEPTH, FakeWorkers, fake_search, fake_settings
 from tests.search.test_evolution import Word, word_losses

@@ -14,10 +14,10 @@ import pytest
 from plotly.offline import get_plotlyjs
 from rich.console import Console
 
+from search.evaluation import Status
 from search.report import front_table, print_front, write_front_image, write_report
 from search.report_data import follow_progress, read_run
 from search.report_metrics import order_metrics
-from search.store import Status
 from star_core.genome import BASELINES, POOL
 from tests.search.parsed_page import Page
 from tests.search.synthetic_run import OBJECTIVES, write_synthetic_run

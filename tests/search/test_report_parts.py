@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from search.evaluation import Status
+from search.front import front_of
 from search.report import front_table, print_front, write_front_image
 from search.report_data import find_ancestors, follow_progress, read_run
 from search.report_drawing import (
@@ -27,7 +29,7 @@ from search.report_drawing import (
 from search.report_metrics import column_for, format_seconds, list_facts
 from search.report_scatter import lower_left
 from search.report_variation import Tally, sum_up_variation
-from search.store import Status, Store, front_of
+from search.store import Store
 from star_core.genome import BASELINES, POOL, Genome, random_genome
 from tests.search.synthetic_run import CHANGES, OBJECTIVES, write_synthetic_run
 

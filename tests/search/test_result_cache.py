@@ -14,9 +14,10 @@ import star_core
 from search import run
 from search.data import load_corpus
 from search.evaluate import Outcome, Task, candidate_seed
+from search.evaluation import Evaluation, Status
 from search.result_cache import ResultCache
 from search.settings import SettingsError
-from search.store import Evaluation, Status, Store, read_evaluations
+from search.store import Store, read_evaluations
 from star_core import Genome
 from tests.search.fake_workers import FakeWorkers, fake_search, fake_settings
 from tests.search.test_run import PLAIN, RESULTS, rows

@@ -23,6 +23,7 @@ from search.data import load_corpus
 from search.driver import search
 from search.evaluate import Outcome, Task
 from search.settings import PRESETS
+from search.stages import _work
 from search.store import Store
 from search.view import View
 from search.workers import InlineWorkers, Progress
@@ -225,6 +226,21 @@ def test_a_full_disk_loses_nothing(tmp_path: Path, text: Path) -> None:
         assert rows(root, RESULTS)[: len(kept)] == kept
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("longer", "shorter"),
+    [
+        ("51111-91111", "51111[operator=12123]-91111"),
+        ("11111[operator=54111]-91111", "11111-91111"),
+        ("width=64;11111", "11111"),
+        ("11111", "width=16;11111"),
+    ],
+)
+def test_the_work_of_a_genome_goes_by_its_own_classes_and_width(tmp_path: Path, longer: str, shorter: str) -> None:
+    settings = dataclasses.replace(PRESETS["smoke"], width=32, head_dim=8)
+    first, second = (Task(text, text, 0, settings, tmp_path, "train") for text in (longer, shorter))
+    assert _work(first) > _work(second)
 
 
 def test_the_longest_trainings_come_first_and_the_log_keeps_the_order_asked(tmp_path: Path, text: Path) -> None:

@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 from search import nsga2, run
 from search.data import load_corpus
 from search.evaluate import Outcome, Task, candidate_seed, run_task
+from search.evaluation import Evaluation, Status
+from search.front import front_of
 from search.report import write_report
 from search.report_data import compare_rungs, read_run, spearman
 from search.settings import Settings
-from search.store import Evaluation, Status, Store, front_of, write_json
+from search.store import Store, write_json
 from tests.search.fake_workers import FakeWorkers, fake_search, fake_settings
 from tests.search.test_run import PLAIN, check_kills_and_resumes, rows
 

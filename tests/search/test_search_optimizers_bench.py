@@ -12,8 +12,8 @@ import pytest
 
 from bench import search_optimizers
 from bench.search_optimizers import METHODS, Trace, box_of, curve_of, draw, settings_of, summarise, trace_of
+from search.evaluation import Evaluation, Status
 from search.settings import Settings
-from search.store import Evaluation, Status
 
 PER_STEP = 8 * 64  # tokens in a step of the smoke preset, which has 32
 

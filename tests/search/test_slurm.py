@@ -14,13 +14,15 @@ import pytest
 
 from search import slurm_workers
 from search.evaluate import Outcome, Task
+from search.evaluation import Status
 from search.settings import SettingsError
 from search.slurm_workers import SlurmWorkers
-from search.store import Status, write_json
+from search.store import write_json
 from search.workers import make_workers
 from star_core.genome.baselines import transformer_pp
 from tests.search import fake_slurm
-from tests.search.fault_tasks import CARE, do_moment, fault_settings
+from tests.search.fault_search import CARE, fault_settings
+from tests.search.fault_tasks import do_moment
 
 pytest.importorskip("submitit", reason="submitit is not installed")
 

@@ -8,17 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from search.evaluation import Evaluation, Status
+from search.front import front_of, sentence_without_front
 from search.ranking import Ranking, Term
-from search.store import (
-    Evaluation,
-    RunFolderError,
-    Status,
-    Store,
-    front_of,
-    read_json,
-    sentence_without_front,
-    write_json,
-)
+from search.store import RunFolderError, Store, read_json, write_json
 
 RANKING = Ranking(("perplexity", "cache_bytes"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import socket
@@ -16,6 +17,7 @@ import torch
 import star_core
 from search import train_command
 from search.settings import PRESETS
+from search.show import account
 from search.train_cost import CARDS, cost_of
 from star_core import Genome, LanguageModel, ModelConfig
 from star_core.genome.baselines import transformer_pp
@@ -145,6 +147,35 @@ def test_a_shared_featurizer_costs_as_often_as_it_is_used() -> None:
     assert cost_of(together, config).used == cost_of(apart, config).used
     differential = LanguageModel(Genome.parse("10.1.1.1.1-10.1.1.1.1"), sizes)
     assert cost_of(differential, config).attention == 2 * cost_of(apart, config).attention
+
+
+BEYOND = {
+    "a width of its own": ("width=64,ffn=2,head_dim=16;11111-91111", 6 * 24 * 64),
+    "wide keys, a band": (
+        "31111[operator=32223,k=111224,q=111221,v=111234,window=6]",
+        3 * 2 * 4 * (16 + 24) * (6 - 36 / 48),
+    ),
+    "attention where the class has a recurrence": ("51111[operator=12123]", 6 * 24 * 32),
+    "a recurrence where the class has attention": ("11111[operator=54111]", 0),
+    "linear attention": ("11111[operator=12113]-11111", 6 * 24 * 32),
+    "differential": ("10.1.1.1.1[operator=12233,window=3]", 2 * 6 * 32 * 2 * (3 - 9 / 48)),
+    "reused keys and values": ("11224[residual=3]-11224[residual=3]-72212-72212", 2 * 6 * 24 * 32),
+    "RG-LRU": ("91111[operator=94141,value=321231]-91111[operator=91132]", 0),
+}
+
+
+@pytest.mark.parametrize(("text", "attention"), BEYOND.values(), ids=BEYOND.keys())
+def test_the_cost_beyond_the_paper_is_that_of_the_model(text: str, attention: float) -> None:
+    config, genome = ModelConfig(width=32, head_dim=8), Genome.parse(text)
+    train = dataclasses.replace(PRESETS["smoke"].train_config(), seq_len=24)
+    with torch.device("meta"):
+        cost = cost_of(LanguageModel(genome, config), train)
+    assert cost.parameters == LanguageModel(genome, config).num_parameters()
+    assert cost.attention == pytest.approx(attention * train.steps * train.batch_size * train.seq_len)
+    # Maps of channels as they run, two operations for each of their parameters: all but norms, short filters and rates.
+    wide = ModelConfig(width=256, head_dim=32)
+    used = cost_of(LanguageModel(genome, wide), train).used
+    assert account(genome, wide, ()).projection_flops == pytest.approx(2 * used, rel=0.05)
 
 
 # Two processes

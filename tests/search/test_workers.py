@@ -15,8 +15,8 @@ from bench.harness import measure_model
 from search import evaluate
 from search.data import load_corpus
 from search.evaluate import Outcome, Task, candidate_seed, run_task
+from search.evaluation import Status
 from search.settings import PRESETS
-from search.store import Status
 from search.workers import Care, InlineWorkers, ProcessWorkers, Workers, make_workers
 from star_core import Genome, LanguageModel
 

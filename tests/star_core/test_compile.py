@@ -31,11 +31,37 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+OWN = {
+    "softmax, band": "11111[operator=12223,window=6]",
+    "ReLU, band": "41111[operator=42233,window=6]",
+    "linear": "11111[operator=12113,q=113211,k=113211]",
+    "gated linear": "31111[operator=34113,q=321211]",
+    "delta rule": "21111[operator=24112,z=114211]",
+    "RG-LRU": "91111[operator=94141,value=321231]",
+    "cut implicit filter": "81111[operator=83211,window=6]",
+    "differential, band": "10.1.1.1.1[operator=12223,window=6]",
+    "norms everywhere": "11111[residual=2]-71111[residual=3]-11111[residual=4]-91111",
+}
+"""Genomes beyond the paper's: operators, feature groups and norms of their own."""
+
+OPERATORS = {
+    "linear": "gated_linear_attention",
+    "gated linear": "gated_linear_attention",
+    "delta rule": "gated_delta_rule",
+    "RG-LRU": "rg_lru",
+}
+"""What runs those of `OWN` that are recurrences."""
+
+
 def backbone(liv_class: int) -> Backbone:
     """Build one LIV between its norms."""
+    return backbone_of(f"{liv_class}.1.1.1.1", liv_class)
+
+
+def backbone_of(genome: str, seed: int) -> Backbone:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(liv_class)
-        return Backbone(Genome.parse(f"{liv_class}.1.1.1.1"), CONFIG)
+        torch.manual_seed(seed)
+        return Backbone(Genome.parse(genome), CONFIG)
 
 
 def random_input(*shape: int) -> Tensor:
@@ -80,6 +106,14 @@ def test_one_graph_with_inductor(liv_class: int) -> None:
     if not serves_any_length(liv_class):
         pytest.skip("no compiled operators: the plain torch form of this recurrence is traced anew for each length")
     assert_one_graph(backbone(liv_class), "inductor", INDUCTOR_LENGTHS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OWN)
+def test_own_livs_are_one_graph_for_every_length(name: str) -> None:
+    if name in OPERATORS and which(OPERATORS[name], torch.empty(0)) == "reference":
+        pytest.skip("no compiled operators: plain torch forms of recurrences are traced anew for each length")
+    assert_one_graph(backbone_of(OWN[name], 0), "aot_eager", LENGTHS)
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["logits", "loss"])

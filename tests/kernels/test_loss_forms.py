@@ -70,7 +70,8 @@ def test_mixed_dtypes(backend: str, sizes: tuple[int, int, int], dtypes: tuple[t
     found, expected, rough_found = gradients((loss,), leaves), gradients((want,), exact), gradients((rough,), plain)
     for name, leaf in leaves.items():
         assert found[name].dtype == leaf.dtype
-        assert_rule(found[name], expected[name], rough_found[name].to(leaf.dtype), f"gradient of {name}", 3.0, 8.0)
+        # 16 roundings: a sum over 3,000 words, whose order is the BLAS's and differs between AVX2 and AVX-512.
+        assert_rule(found[name], expected[name], rough_found[name].to(leaf.dtype), f"gradient of {name}", 3.0, 16.0)
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)

@@ -124,7 +124,7 @@ def test_slices_let_nan_no_further(operator: str, where: str, monkeypatch: pytes
     assert any(one.isnan().any() for one in whole.values())
     for name, want in whole.items():
         assert torch.equal(sliced[name].isnan(), want.isnan()), name
-        assert_close(sliced[name].nan_to_num(), want.nan_to_num(), name, 1e-6)
+        assert_close(sliced[name].nan_to_num(), want.nan_to_num(), name, 3e-6)
     assert sliced["v"][0, :20].isfinite().all()
 
 

@@ -26,7 +26,9 @@ def render_comparison(standings: Sequence[Standing]) -> str:
         rows=table.rows,
         means=table.means,
         note=NOTE,
-        groups=[(group, index % _COLOURS, len(each)) for index, (group, each) in enumerate(_groups(standings))],
+        groups=[
+            (group, index % _COLOURS, len(each)) for index, (group, each) in enumerate(groups_of(standings).items())
+        ],
     )
 
 
@@ -34,7 +36,7 @@ def comparison_figure(standings: Sequence[Standing], over: Literal["tokens", "tr
     """Draw hypervolume over training tokens or trained candidates, a line for each run, a colour for each group."""
     figure = go.Figure()
     unit = "tokens" if over == "tokens" else "candidates"
-    for index, (group, members) in enumerate(_groups(standings)):
+    for index, (group, members) in enumerate(groups_of(standings).items()):
         for member in members:
             figure.add_scatter(
                 x=[0, *(getattr(point, over) for point in member.curve)],
@@ -48,7 +50,3 @@ def comparison_figure(standings: Sequence[Standing], over: Literal["tokens", "tr
     figure.update_xaxes(title=title, rangemode="tozero", tickangle=0, nticks=6)
     figure.update_yaxes(title="Hypervolume (share of the box)", rangemode="tozero", tickformat=".2~f")
     return styled(figure, hovermode="closest")
-
-
-def _groups(standings: Sequence[Standing]) -> list[tuple[str, list[Standing]]]:
-    return [*groups_of(standings).items()]

@@ -181,8 +181,9 @@ def _plain(key: str, value: Any) -> str:
         return column_for(key, [float(value)]).format_with_unit(float(value))
     if key.endswith("_seconds"):
         return format_seconds(float(value))
-    # A seed is a name, not an amount.
-    return f"{value:,}" if isinstance(value, int) and key != "seed" else f"{value:g}" if key != "seed" else str(value)
+    if key == "seed":  # a name, not an amount
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
 
 
 def _label_and_unit(key: str) -> tuple[str, str]:

@@ -84,8 +84,13 @@ def validate(genome: Genome, sizes: SizeGenes | None = None) -> list[Violation]:
         sizes: Of the model, where the genome leaves them open. Default: unknown, and what depends on them is in order.
             What is valid with sizes is valid without them: a canonical form and a hash know of none.
     """
-    violations = _violations(genome, genome.sizes)
-    return violations if violations or sizes is None else _violations(genome, genome.sizes.over(sizes))
+    return next(filter(None, (_violations(genome, known) for known in _sizes_to_fit(genome, sizes))), [])
+
+
+def _sizes_to_fit(genome: Genome, sizes: SizeGenes | None) -> list[SizeGenes]:
+    """Return the sizes with which a genome has to be in order: its own, and where they add to these, with a model's."""
+    whole = genome.sizes if sizes is None else genome.sizes.over(sizes)
+    return [genome.sizes] if whole == genome.sizes else [genome.sizes, whole]
 
 
 def _violations(genome: Genome, known: SizeGenes) -> list[Violation]:
@@ -153,11 +158,8 @@ def gene_values(genome: Genome, position: int, gene: str, sizes: SizeGenes | Non
         raise ValueError(f"position: is {position}, needs 0 to {len(genome) - 1}")
     if gene not in GENES:
         raise ValueError(f"gene: is {gene!r}, needs one of {', '.join(GENES)}")
-    values = _gene_values(genome, position, gene, genome.sizes)
-    if sizes is None:
-        return values
-    with_sizes = set(_gene_values(genome, position, gene, genome.sizes.over(sizes)))
-    return tuple(value for value in values if value in with_sizes)
+    first, *others = (_gene_values(genome, position, gene, known) for known in _sizes_to_fit(genome, sizes))
+    return tuple(value for value in first if all(value in other for other in others))
 
 
 def _gene_values(genome: Genome, position: int, gene: str, known: SizeGenes) -> tuple[int, ...]:
@@ -181,7 +183,7 @@ def _gene_values(genome: Genome, position: int, gene: str, known: SizeGenes) -> 
 
 def goes_together(genome: Genome, position: int, liv: LIVGenes, sizes: SizeGenes | None = None) -> bool:
     """Whether `liv` is in order and goes together with all other LIVs of `genome` if it takes the place of one."""
-    for known in [genome.sizes] if sizes is None else [genome.sizes, genome.sizes.over(sizes)]:
+    for known in _sizes_to_fit(genome, sizes):
         cls = _class_of(liv, known)
         if cls is None or (cls.residual is Residual.PARALLEL and position == len(genome) - 1):
             return False

@@ -20,7 +20,7 @@ from tests.search.fake_workers import DEPTH, FakeWorkers, fake_settings
 from tests.search.fault_tasks import FAULTS, STATUSES, do_moment
 
 CARE = Care(grace_seconds=1.0, memory_bytes=256 * 2**20)
-"""With which hangs and real allocations end soon; `do` is filled in by `fault_care`."""
+"""With which hangs and real allocations end soon; `do` is filled in by `fault_search`."""
 
 
 class FakeFaults(FakeWorkers):

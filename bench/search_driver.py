@@ -16,7 +16,7 @@ import json
 import pstats
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,7 @@ class Clocked(FakeWorkers):
     seconds = 0.0
     cpu_seconds = 0.0
 
-    def run(self, tasks: Sequence[Task], jobs: int, progress: Progress) -> Iterator[tuple[Task, Outcome]]:
+    def run(self, tasks: Iterable[Task | None], jobs: int, progress: Progress) -> Iterator[tuple[Task, Outcome]]:
         """See `search.workers.Workers`."""
         results = super().run(tasks, jobs, progress)
         while True:

@@ -11,7 +11,6 @@ same interleaving of asks and results gives the same search.
 """
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import nevergrad as ng
@@ -19,69 +18,12 @@ import numpy as np
 from nevergrad.optimization.base import Optimizer
 
 from search import nsga2
+from search.told import Counters, Member, Told, members_of, stack
 
 # Asking for something new: so many rounds of mutation on one child, then so many fresh samples, then the space is taken
 # to be used up. A space of which 1 % is still unseen is given up wrongly once in 20 times (0.99 ** 300 = 0.05).
 MUTATION_TRIES = 20
 SAMPLE_TRIES = 300
-
-
-@dataclass(frozen=True)
-class Member:
-    """A told candidate and where it stands.
-
-    Attributes:
-        candidate: The parameter that was asked; its value is what was evaluated.
-        losses: What was told, [objectives], fp64; NaN where a candidate that breaks a constraint has none.
-        rank: Front inside the population, 0 the best.
-        crowding: Crowding distance inside that front.
-        violation: By how much it breaks the constraints, 0 for not at all.
-    """
-
-    candidate: ng.p.Parameter
-    losses: nsga2.FloatArray
-    rank: int
-    crowding: float
-    violation: float = 0.0
-
-
-@dataclass(frozen=True)
-class Counters:
-    """What an optimizer has done so far.
-
-    Attributes:
-        asked: Candidates given out, suggestions among them.
-        told: Candidates whose losses came in.
-        discarded: Candidates that failed or were lost.
-        in_flight: Candidates given out and neither told nor discarded.
-        bred: Candidates given out that have parents; the rest were sampled or suggested.
-        repaired: Those of `bred` that needed repair.
-        duplicates_avoided: Proposals dropped since the same value had been asked before.
-    """
-
-    asked: int
-    told: int
-    discarded: int
-    in_flight: int
-    bred: int
-    repaired: int
-    duplicates_avoided: int
-
-    @property
-    def repaired_share(self) -> float:
-        """Repaired share of the candidates bred, 0 where none was."""
-        return self.repaired / self.bred if self.bred else 0.0
-
-
-@dataclass(frozen=True)
-class Told:
-    """A candidate with its losses, [objectives], its place in the order of asking, and its tier, 0 the best."""
-
-    order: int
-    candidate: ng.p.Parameter
-    losses: nsga2.FloatArray
-    violation: float
-    tier: int
 
 
 class AskTell(Optimizer):  # type: ignore[misc]  # nevergrad ships no types
@@ -127,6 +69,7 @@ class AskTell(Optimizer):  # type: ignore[misc]  # nevergrad ships no types
         self._seen: set[Hashable] = set()
         self._in_flight: dict[str, tuple[int, ng.p.Parameter]] = {}
         self._telling = (np.zeros(0), 0.0, 0)  # losses, violation and tier of the candidate that is being told
+        self._orders: dict[str, int] = {}  # of the candidates told in a tier above 0, by uid: they may be told again
         self._next_order = 0
         self._archive: nsga2.Archive[Told] = nsga2.Archive(num_objectives)
         self._discarded = 0
@@ -263,6 +206,37 @@ class AskTell(Optimizer):  # type: ignore[misc]  # nevergrad ships no types
         # A violation keeps nevergrad from recommending the candidate; the penalty that it adds is not looked at.
         super().tell(candidate, losses if len(losses) > 1 else [float(losses[0])], violation or float(tier) or None)
 
+    def revise(
+        self,
+        candidate: ng.p.Parameter,
+        loss: Sequence[float] | nsga2.FloatArray | None,
+        constraint_violation: float = 0.0,
+        *,
+        tier: int = 0,
+    ) -> None:
+        """Replace what was told of a candidate in a tier above 0: its training went on.
+
+        Args:
+            candidate: One that was told in a higher tier.
+            loss: One finite number an objective; None for a candidate that has failed since, and leaves the population.
+            constraint_violation: As in `tell`.
+            tier: As in `tell`.
+
+        Raises:
+            ValueError: a loss or violation is not finite, there are too few losses or too many, or the candidate was
+                not told in a tier above 0. Nothing is changed then.
+        """
+        violation = _check_violation(constraint_violation)
+        losses = None if loss is None else self._check_told(loss)
+        if candidate.uid not in self._orders:
+            raise ValueError(f"candidate: need one told in a tier above 0, got {candidate.value}")
+        order = self._orders[candidate.uid]
+        self._take_out(candidate)
+        if losses is None or not tier:
+            del self._orders[candidate.uid]
+        if losses is not None:
+            self._enter(Told(order, candidate, losses, violation, tier))
+
     def discard(self, candidate: ng.p.Parameter) -> None:
         """Free a candidate that failed or was lost. It never enters the population, and its value is not asked again.
 
@@ -282,18 +256,26 @@ class AskTell(Optimizer):  # type: ignore[misc]  # nevergrad ships no types
     def _internal_tell_candidate(self, candidate: ng.p.Parameter, loss: float) -> None:
         order = self._in_flight.pop(candidate.uid)[0] if candidate.uid in self._in_flight else self._take_order()
         told = Told(order, candidate, *self._telling)
-        self._take_in(told)
-        if not told.violation and not told.tier:
-            self._archive.add(told.losses, [told])
+        if told.tier:
+            self._orders[candidate.uid] = order
+        self._enter(told)
 
     def _preprocess_multiobjective(self, candidate: ng.p.Parameter) -> float:
         """Keep nevergrad from building its own front: it would hold every candidate ever told, unfiltered."""
         return 0.0
 
+    def _enter(self, told: Told) -> None:
+        self._take_in(told)
+        if not told.violation and not told.tier:
+            self._archive.add(told.losses, [told])
+
     # For subclasses.
 
     def _take_in(self, told: Told) -> None:
         """Take note of a candidate that was told. No random number may be drawn here."""
+
+    def _take_out(self, candidate: ng.p.Parameter) -> None:
+        """Forget what was told of a candidate; what it is worth now is taken in next, unless it failed."""
 
     def _take_order(self) -> int:
         self._next_order += 1
@@ -350,19 +332,6 @@ class AskTell(Optimizer):  # type: ignore[misc]  # nevergrad ships no types
                 self._repaired += bool(getattr(child, "repaired", False))
                 return child
         return self._sample_new()
-
-
-def stack(told: Sequence[Told], num_objectives: int) -> nsga2.FloatArray:
-    """Return the losses, [candidates, objectives], of none or more candidates."""
-    return np.array([one.losses for one in told], dtype=np.float64).reshape(len(told), num_objectives)
-
-
-def members_of(told: Sequence[Told], standing: nsga2.Survivors) -> list[Member]:
-    """Return the told candidates with where they stand."""
-    rows = zip(told, standing.ranks, standing.crowding, strict=True)
-    return [
-        Member(one.candidate, one.losses, int(rank), float(distance), one.violation) for one, rank, distance in rows
-    ]
 
 
 def _check_violation(violation: float | Sequence[float] | nsga2.FloatArray | None) -> float:

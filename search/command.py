@@ -93,6 +93,12 @@ def parser() -> Parser:
         f"{RUNG_FACTOR} times as many, and so on (default: 1, all to the end)",
     )
     option(
+        "--asynchronous",
+        action="store_true",
+        help="no generations: whoever has a place free begins the next candidate, or a higher rung of an earlier one; "
+        "for clusters, and for trainings of very different length; not repeatable, unlike a search with generations",
+    )
+    option(
         "--inherit",
         action="store_true",
         help="begin a child's training with its parents' weights where it is built alike: cheaper, and biased, since "

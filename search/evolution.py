@@ -12,7 +12,8 @@ import nevergrad as ng
 import numpy as np
 
 from search import nsga2
-from search.ask_tell import AskTell, Member, Told, members_of, stack
+from search.ask_tell import AskTell
+from search.told import Member, Told, members_of, stack
 
 
 class NSGA2(AskTell):
@@ -51,6 +52,10 @@ class NSGA2(AskTell):
 
     def _take_in(self, told: Told) -> None:
         self._alive.append(told)
+        self._standing = None
+
+    def _take_out(self, candidate: ng.p.Parameter) -> None:
+        self._alive = [told for told in self._alive if told.candidate.uid != candidate.uid]
         self._standing = None
 
     def _survivors(self) -> tuple[list[Told], nsga2.Survivors]:

@@ -15,10 +15,11 @@ import numpy as np
 from nevergrad.optimization.base import Optimizer
 
 from search import nsga2
-from search.ask_tell import SAMPLE_TRIES, AskTell, Told, stack
+from search.ask_tell import SAMPLE_TRIES, AskTell
 from search.evolution import NSGA2
 from search.settings import OPTIMIZERS, Settings, SettingsError, nearest
 from search.space import GenomeParameter, bounds_of
+from search.told import Told, stack
 
 PROBE_ASKS = 100
 """Candidates that nevergrad's optimizers are tried with: past the sampling that most of them begin with, 40 at most."""
@@ -69,6 +70,9 @@ class GeneticAlgorithm(AskTell):
     def _take_in(self, told: Told) -> None:
         self._children.append(told)
 
+    def _take_out(self, candidate: ng.p.Parameter) -> None:
+        self._children = [told for told in self._children if told.candidate.uid != candidate.uid]
+
 
 def _by_average_rank(told: list[Told], num_objectives: int) -> nsga2.IntArray:
     """Return how many candidates are fitter than each, [candidates]; equal ones are equally placed."""
@@ -90,7 +94,8 @@ class Nevergrad(AskTell):
     (Miller and Starr, "Executive Decisions and Operations Research", 1969), in which no unit of a loss matters. What
     breaks constraints is told as worse than all that breaks none, and a failure as worse than both, since many of these
     optimizers wait for every answer: those that take genomes only compare. What it proposes a second time is answered
-    from memory and never given out.
+    from memory and never given out. Of a candidate that is told again, after more training, they hear the first time
+    alone.
 
     Args:
         name: Its name in nevergrad's registry.
@@ -140,7 +145,11 @@ class Nevergrad(AskTell):
         self._answer(told.candidate, answer + self._TIER * told.tier)
 
     def _answer(self, candidate: ng.p.Parameter, loss: float) -> None:
-        self._answers[candidate.get_value_hash()] = loss
+        key = candidate.get_value_hash()
+        answered = key in self._answers
+        self._answers[key] = loss
+        if answered:
+            return
         # Some can't take what they did not ask for, a suggestion: the front holds it all the same.
         with suppress(ng.errors.TellNotAskedNotSupportedError):
             self._inner.tell(candidate, loss)

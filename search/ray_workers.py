@@ -12,7 +12,7 @@ import os
 import pickle
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from search.evaluation import Status
 from search.ray_task import CORPUS, Board, Delivery, Parcel, do_task, files_of, write_files
 from search.settings import Settings, SettingsError
 from search.store import write_json
-from search.workers import Care, Progress, finished
+from search.workers import Care, Line, Progress, finished
 
 RETRIES = 2
 """How often Ray begins a task anew whose node or process was lost."""
@@ -105,18 +105,23 @@ class RayWorkers:
             raise SettingsError("workers: no node of the Ray cluster has a CPU for a task")
         return fitting
 
-    def run(self, tasks: Sequence[Task], jobs: int, progress: Progress) -> Iterator[tuple[Task, Outcome]]:
-        """See `search.workers.Workers`; without `Settings.jobs`, all trainings wait for the cluster together."""
-        waiting = list(tasks)
-        while waiting or self._running:
-            most = jobs if self._jobs or (waiting and waiting[0].stage == "measure") else len(tasks)
-            while waiting and len(self._running) < most:
-                task = waiting.pop(0)
+    def run(self, tasks: Iterable[Task | None], jobs: int, progress: Progress) -> Iterator[tuple[Task, Outcome]]:
+        """See `search.workers.Workers`; without `Settings.jobs`, all trainings of a sequence wait for the cluster
+        together, and an iterator is asked for as many as the cluster has room for."""
+        most = jobs
+        if not self._jobs and isinstance(tasks, Sequence):
+            most = jobs if any(task and task.stage == "measure" for task in tasks) else len(tasks)
+        elif not self._jobs:
+            most = max(1, sum(map(self._room, self._nodes.values())))
+        line = Line(tasks)
+        while not line.over or self._running:
+            while len(self._running) < most and (task := line.next()) is not None:
                 if (outcome := finished(task)) is not None:
                     yield task, outcome
                 else:
                     self._submit(_Running(task, self._parcel(task), time.monotonic(), 0))
-            yield from self._step(progress)
+            if self._running:
+                yield from self._step(progress)
 
     def _parcel(self, task: Task) -> Parcel:
         manifest = (task.work / "corpus.json").read_bytes()
@@ -126,10 +131,12 @@ class RayWorkers:
         """Return how many tasks can meet on one node, and share its memory."""
         if task.stage == "measure":
             return 1
-        room = [
-            min(node["CPU"], node["GPU"] / self._gpus if self._gpus else node["CPU"]) for node in self._nodes.values()
-        ]
-        return max(1, min(int(max(room)), self._jobs or int(max(room))))
+        room = max(map(self._room, self._nodes.values()))
+        return max(1, min(room, self._jobs or room))
+
+    def _room(self, node: dict[str, float]) -> int:
+        """Return how many trainings a node has room for."""
+        return int(min(node["CPU"], node["GPU"] / self._gpus if self._gpus else node["CPU"]))
 
     def _submit(self, running: _Running) -> None:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

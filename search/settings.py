@@ -64,6 +64,8 @@ class Settings:
         warmup_steps: Steps of linear warm-up; None takes a tenth of all.
         rungs: With 2 or more, successive halving: a generation trains a part of its steps, the best third of it three
             times as many, and so on up to all of them at the last rung. 1 trains every candidate to the end.
+        asynchronous: Whether there are no generations: whenever a place is free, the next candidate begins, or one goes
+            on to its next rung. What is asked then depends on which training ends first.
         inherit: Whether a child begins with its parents' weights where it is built alike; biased, see `search.inherit`.
         probe_steps: After so many steps, a training whose loss is not below what the tokens' frequencies alone would
             give is stopped; 0 for never.
@@ -104,6 +106,7 @@ class Settings:
     learning_rate: float | None = None
     warmup_steps: int | None = None
     rungs: int = 1
+    asynchronous: bool = False
     inherit: bool = False
     probe_steps: int = 0
     precision: Precision = "float32"

@@ -15,7 +15,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from typing import Any
 from search.evaluate import Outcome, Task
 from search.evaluation import Status
 from search.settings import Settings, SettingsError
-from search.workers import Care, ProcessWorkers, Progress, finished
+from search.workers import Care, Line, ProcessWorkers, Progress, finished
 
 RETRIES = 2
 """How often a task whose job was lost is submitted anew."""
@@ -74,14 +74,17 @@ class SlurmWorkers:
             raise SettingsError(f"gpus_per_task: SLURM takes whole GPUs, got {settings.gpus_per_task:g}")
         self._running: list[_Running] = []
 
-    def run(self, tasks: Sequence[Task], jobs: int, progress: Progress) -> Iterator[tuple[Task, Outcome]]:
-        """See `search.workers.Workers`; without `Settings.jobs`, all trainings wait in SLURM's queue together."""
-        waiting = list(tasks)
-        while waiting or self._running:
-            alone = bool(waiting) and waiting[0].stage == "measure"
-            most = jobs if self._settings.jobs or self._cluster == "local" or alone else len(tasks)
-            while waiting and len(self._running) < most:
-                task = waiting.pop(0)
+    def run(self, tasks: Iterable[Task | None], jobs: int, progress: Progress) -> Iterator[tuple[Task, Outcome]]:
+        """See `search.workers.Workers`; without `Settings.jobs`, all trainings of a sequence wait in SLURM's queue
+        together, and an iterator is asked for as many as a generation has."""
+        most = jobs
+        if not self._settings.jobs and self._cluster != "local":
+            most = self._settings.population
+            if isinstance(tasks, Sequence):
+                most = jobs if any(task and task.stage == "measure" for task in tasks) else len(tasks)
+        line = Line(tasks)
+        while not line.over or self._running:
+            while len(self._running) < most and (task := line.next()) is not None:
                 if (outcome := finished(task)) is not None:
                     _note(task).unlink(missing_ok=True)
                     yield task, outcome

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from search import nsga2
 from search.data import Corpus
 from search.evaluate import Outcome, Task, candidate_seed
 from search.evaluation import FINAL, Evaluation, Status
+from search.ranking import Ranking
 from search.result_cache import ResultCache
 from search.settings import RUNG_FACTOR, Settings
 from search.store import Store
@@ -74,13 +75,24 @@ class Request:
 
 
 @dataclass(eq=False)
-class _Climber:
+class Climber:
     """A request on its way up the rungs: its outcome so far, and what training gave at each rung."""
 
     request: Request
-    outcome: Outcome
+    outcome: Outcome = field(default_factory=lambda: Outcome(Status.OK, {}, 0.0))
     measured: Outcome | None = None
     rungs: list[Mapping[str, float]] = field(default_factory=list)
+
+    def reach(self, trained: Outcome, measured: Outcome | None) -> None:
+        """Take in what the training up to the next rung gave, and what was measured, the first time or again."""
+        seconds = self.outcome.seconds + trained.seconds
+        self.outcome = replace(trained, seconds=seconds)
+        if trained.status is not Status.OK:
+            return
+        if measured is not None:
+            self.outcome = _joined(self.outcome, measured if self.measured is None else replace(measured, seconds=0.0))
+            self.measured = measured
+        self.rungs.append({name: trained.metrics[name] for name in ("perplexity", "bits_per_byte")})
 
 
 class Stages:
@@ -127,7 +139,7 @@ class Stages:
             if evaluation is None:
                 outcome = trained[request.genome_hash]
                 if outcome.status is Status.OK and self.settings.timed:
-                    outcome = _joined(outcome, self._measure(request))
+                    outcome = _joined(outcome, self.measure(request))
                 evaluation = request.evaluation(outcome, self.settings)
                 waiting.append((request, evaluation))
                 if time.monotonic() - last >= LOG_SECONDS:
@@ -142,7 +154,7 @@ class Stages:
         """Append results to the log, and then delete the files that held them until now."""
         self.store.add(*(evaluation for _, evaluation in results))
         for request, _ in results:
-            self._forget(request)
+            self.forget(request)
 
     def _climb(self, requests: Sequence[Request]) -> list[Evaluation]:
         """Train `requests` rung by rung, synchronous successive halving with a Pareto front instead of a best.
@@ -155,11 +167,10 @@ class Stages:
 
         Source: Jamieson and Talwalkar, "Non-stochastic best arm identification and hyperparameter optimization", 2016,
         arXiv:1502.07943. Differs from it in: rounds are generations, so that nothing depends on which training ends
-        first, where Li et al., "A system for massively parallel hyperparameter tuning" (ASHA), 2020, arXiv:1810.05934,
-        promote as soon as they can.
+        first; `search.asynchronous` promotes as soon as it can.
         """
         settings, steps = self.settings, self.settings.rung_steps
-        climbers = [_Climber(request, Outcome(Status.OK, {}, 0.0)) for request in requests]
+        climbers = [Climber(request) for request in requests]
         going = climbers
         for rung, stop in enumerate(steps):
             last = rung == len(steps) - 1
@@ -167,38 +178,22 @@ class Stages:
             tasks = [replace(self.task(c.request, "train"), start=start, stop=None if last else stop) for c in going]
             trained = self._run(tasks)
             for climber in going:
-                self._reach(climber, trained[climber.request.genome_hash])
+                outcome, measured = trained[climber.request.genome_hash], climber.measured
+                if outcome.status is Status.OK and settings.timed and measured is None:
+                    measured = self.measure(climber.request)
+                climber.reach(outcome, measured)
             going = [climber for climber in going if climber.outcome.status is Status.OK]
             if not last and going:
                 places = math.ceil(settings.population / RUNG_FACTOR ** (rung + 1))
-                promoted = self._promoted(going, places)
+                best = best_of([climber.outcome.metrics for climber in going], places, settings.ranking)
+                promoted = [going[i] for i in best]
                 for climber in going:
                     if climber not in promoted:
                         self.task(climber.request, "train").checkpoint_path(stop).unlink(missing_ok=True)
                 going = promoted
         return [c.request.evaluation(c.outcome, settings, c.rungs) for c in climbers]
 
-    def _reach(self, climber: _Climber, trained: Outcome) -> None:
-        """Take a training's outcome at one rung into the candidate's."""
-        before = climber.outcome.seconds
-        climber.outcome = replace(trained, seconds=before + trained.seconds)
-        if trained.status is not Status.OK:
-            return
-        if self.settings.timed:
-            if climber.measured is None:
-                climber.measured = self._measure(climber.request)
-                climber.outcome = _joined(climber.outcome, climber.measured)
-            else:
-                climber.outcome = _joined(climber.outcome, replace(climber.measured, seconds=0.0))
-        climber.rungs.append({name: trained.metrics[name] for name in ("perplexity", "bits_per_byte")})
-
-    def _promoted(self, climbers: Sequence[_Climber], places: int) -> list[_Climber]:
-        ranking = self.settings.ranking
-        metrics = [climber.outcome.metrics for climber in climbers]
-        losses, violations = [ranking.losses(m) for m in metrics], [ranking.violation(m) for m in metrics]
-        return [climbers[i] for i in nsga2.survive(losses, places, violations).indices]
-
-    def _forget(self, request: Request) -> None:
+    def forget(self, request: Request) -> None:
         """Delete what the trainings of a genome that is in the log have left."""
         train, measure = self.task(request, "train"), self.task(request, "measure")
         left = [train.result_path, measure.result_path]
@@ -225,10 +220,10 @@ class Stages:
         for request in missing:
             outcome = trained[self.task(request, "train").name]
             if outcome.status is Status.OK and self.settings.timed:
-                outcome = _joined(outcome, self._measure(request))
+                outcome = _joined(outcome, self.measure(request))
             evaluation = request.evaluation(outcome, self.settings)
             self.store.add(evaluation)
-            self._forget(request)
+            self.forget(request)
             self.view.repeated(evaluation)
 
     def give_weights(self, front: Sequence[Evaluation]) -> None:
@@ -240,9 +235,21 @@ class Stages:
         missing = [e for e in front if not self.store.has_weights(e)]
         tasks = [self.task(Request(Genome.parse(e.genome), e.generation), "train") for e in missing]
         logged = {e.genome_hash: e for e in front}
-        for task, outcome in self.workers.run(tasks, self._jobs(), self.view.training):
+        for task, outcome in self.workers.run(tasks, self.jobs, self.view.training):
             self.view.retrained(logged[task.genome_hash], outcome)
             task.result_path.unlink(missing_ok=True)
+
+    def do(self, tasks: Iterable[Task | None], jobs: int) -> Iterator[tuple[Task, Outcome]]:
+        """Yield each task with its outcome once it is done, in any order; arguments as `Workers.run` has them."""
+        for task, outcome in self.workers.run(tasks, jobs, self.view.training):
+            self.view.trained(task)
+            if self.cache is not None:
+                self.cache.add(task, outcome)
+            yield task, outcome
+
+    def cached(self, task: Task) -> Outcome | None:
+        """Return the outcome of the same task in an earlier run that shares its cache."""
+        return None if self.cache is None else self.cache.find(task)
 
     def task(self, request: Request, stage: str) -> Task:
         """Return one half of an evaluation."""
@@ -261,7 +268,8 @@ class Stages:
             parents=parents,
         )
 
-    def _measure(self, request: Request) -> Outcome:
+    def measure(self, request: Request) -> Outcome:
+        """Return what was measured of a genome, while nothing else runs."""
         task = self.task(request, "measure")
         self.view.measuring(task)
         return self._run([task], jobs=1)[task.name]
@@ -271,18 +279,16 @@ class Stages:
         outcomes: dict[str, Outcome] = {}
         left = []
         for task in sorted(tasks, key=_work, reverse=True):
-            if self.cache is not None and (found := self.cache.find(task)) is not None:
+            if (found := self.cached(task)) is not None:
                 outcomes[task.name] = found
             else:
                 left.append(task)
-        for task, outcome in self.workers.run(left, jobs or self._jobs(), self.view.training):
-            outcomes[task.name] = outcome
-            self.view.trained(task)
-            if self.cache is not None:
-                self.cache.add(task, outcome)
+        outcomes |= {task.name: outcome for task, outcome in self.do(left, jobs or self.jobs)}
         return outcomes
 
-    def _jobs(self) -> int:
+    @property
+    def jobs(self) -> int:
+        """Candidates that are trained at once on this machine."""
         return self.settings.jobs or torch.get_num_threads()
 
 
@@ -298,6 +304,12 @@ def _work(task: Task) -> int:
     width = genome.sizes.width or task.settings.width
     livs = sum((2 if liv.differential else 1) * (2 if liv.family == "recurrence" else 1) for liv in genome.classes)
     return width * livs
+
+
+def best_of(metrics: Sequence[Mapping[str, float]], places: int, ranking: Ranking) -> list[int]:
+    """Return the indices of so many of the best, by front and crowding."""
+    losses, violations = [ranking.losses(m) for m in metrics], [ranking.violation(m) for m in metrics]
+    return [int(i) for i in nsga2.survive(losses, places, violations).indices]
 
 
 def _joined(trained: Outcome, measured: Outcome) -> Outcome:

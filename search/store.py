@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -45,6 +45,7 @@ CREATE TABLE IF NOT EXISTS evaluations (
     UNIQUE (kind, genome_hash)
 );
 CREATE INDEX IF NOT EXISTS evaluations_by_genome ON evaluations (genome_hash);
+CREATE TABLE IF NOT EXISTS events (id INTEGER PRIMARY KEY, event TEXT NOT NULL);
 """
 _NAMES = ("kind", "name", "genome", "genome_hash", "status", "seed", "generation", "metrics", "seconds", "error")
 _COLUMNS = ", ".join((*_NAMES, "parents", "repaired", "curve", "details"))
@@ -103,6 +104,18 @@ class Store:
                 self._db.executemany(f"INSERT INTO evaluations ({_COLUMNS}) VALUES ({marks})", rows)
         except sqlite3.DatabaseError as error:
             raise _translated(error, self.root) from error
+
+    def record(self, event: Mapping[str, Any]) -> None:
+        """Append to the journal of an asynchronous search, in which what is asked depends on the order of events."""
+        try:
+            with self._db:
+                self._db.execute("INSERT INTO events (event) VALUES (?)", (json.dumps(event),))
+        except sqlite3.DatabaseError as error:
+            raise _translated(error, self.root) from error
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return the journal."""
+        return [json.loads(text) for (text,) in self._db.execute("SELECT event FROM events ORDER BY id")]
 
     def find(self, genome_hash: str, kind: str | None = None) -> Evaluation | None:
         """Return the evaluation of a genome, of one kind, or as a candidate or baseline."""

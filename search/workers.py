@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
@@ -66,8 +66,11 @@ class Care:
 class Workers(Protocol):
     """Does tasks; yields each with its outcome once it is done, in any order."""
 
-    def run(self, tasks: Sequence[Task], jobs: int, progress: Progress) -> Iterator[tuple[Task, Outcome]]:
+    def run(self, tasks: Iterable[Task | None], jobs: int, progress: Progress) -> Iterator[tuple[Task, Outcome]]:
         """Do `tasks`, at most `jobs` at a time. A task whose result file is there already is not done again.
+
+        An iterator is asked for a task when there is a place for it, so that it may depend on what was yielded until
+        then. It gives None where there is none now, but may be one when the next of those that run has ended.
 
         Raises:
             OSError: The disk is full.
@@ -77,6 +80,23 @@ class Workers(Protocol):
     def close(self) -> None:
         """End whatever still runs."""
         ...
+
+
+class Line:
+    """Tasks as `Workers.run` takes them, one after the other."""
+
+    def __init__(self, tasks: Iterable[Task | None]) -> None:
+        self._tasks = iter(tasks)
+        self.over = False
+        """Whether there will never be one again."""
+
+    def next(self) -> Task | None:
+        """Return the next task; None where there is none now, or never again."""
+        try:
+            return next(self._tasks)
+        except StopIteration:
+            self.over = True
+            return None
 
 
 def make_workers(settings: Settings, care: Care | None = None) -> Workers:
@@ -103,9 +123,10 @@ class InlineWorkers:
     def __init__(self, care: Care | None = None) -> None:
         self._care = care or Care()
 
-    def run(self, tasks: Sequence[Task], jobs: int, progress: Progress) -> Iterator[tuple[Task, Outcome]]:
+    def run(self, tasks: Iterable[Task | None], jobs: int, progress: Progress) -> Iterator[tuple[Task, Outcome]]:
         """See `Workers`."""
-        for task in tasks:
+        line = Line(tasks)
+        while (task := line.next()) is not None:
             yield task, finished(task) or self._care.do(task, functools.partial(progress, task))
 
     def close(self) -> None:
@@ -133,12 +154,11 @@ class ProcessWorkers:
         self._context = fork_context()
         self._running: list[_Running] = []
 
-    def run(self, tasks: Sequence[Task], jobs: int, progress: Progress) -> Iterator[tuple[Task, Outcome]]:
+    def run(self, tasks: Iterable[Task | None], jobs: int, progress: Progress) -> Iterator[tuple[Task, Outcome]]:
         """See `Workers`."""
-        waiting = list(tasks)
-        while waiting or self._running:
-            while waiting and len(self._running) < jobs:
-                task = waiting.pop(0)
+        line = Line(tasks)
+        while not line.over or self._running:
+            while len(self._running) < jobs and (task := line.next()) is not None:
                 if (outcome := finished(task)) is not None:
                     yield task, outcome
                 else:

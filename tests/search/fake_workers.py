@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from search.evaluation import Status
 from search.settings import PRESETS, Settings
 from search.store import Store, read_json, write_json
 from search.view import View
-from search.workers import Progress
+from search.workers import Line, Progress
 from tests.search.invented import invented
 
 DEPTH = 6
@@ -36,9 +36,10 @@ class FakeWorkers:
         self.done: list[tuple[str, str]] = []
         self.tasks: list[Task] = []
 
-    def run(self, tasks: Sequence[Task], jobs: int, progress: Progress) -> Iterator[tuple[Task, Outcome]]:
+    def run(self, tasks: Iterable[Task | None], jobs: int, progress: Progress) -> Iterator[tuple[Task, Outcome]]:
         """See `search.workers.Workers`."""
-        for task in tasks:
+        line = Line(tasks)
+        while (task := line.next()) is not None:
             if task.result_path.exists():
                 yield task, Outcome.from_json(read_json(task.result_path))
                 continue

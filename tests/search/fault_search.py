@@ -54,7 +54,8 @@ def fault_search(root: Path, settings: Settings, do: Callable[[Task, Callable[[i
             search(settings, store, workers, view, keep)
 
 
-def main(root: str, workers: str, generations: str, address: str | None = None) -> None:
-    """Search so many generations on tasks that never fail, with workers of a kind."""
-    settings = fault_settings(workers, generations=int(generations), timeout_seconds=600.0, ray_address=address)
+def main(root: str, workers: str, generations: str, mode: str, address: str | None = None) -> None:
+    """Search so many generations on tasks that never fail, with workers of a kind; "asynchronous" has rungs."""
+    free = {"asynchronous": True, "rungs": 2} if mode == "asynchronous" else {}
+    settings = fault_settings(workers, generations=int(generations), timeout_seconds=600.0, ray_address=address, **free)
     fault_search(Path(root), settings, do_moment)

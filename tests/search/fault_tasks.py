@@ -36,7 +36,7 @@ PIDS = "STAR_TEST_PIDS"
 """Names a folder where every task's process leaves its number and that of the one that looks after it."""
 
 ENDS = "STAR_TEST_ENDS"
-"""Names a folder where every task that has left its result adds a letter to the file of its genome."""
+"""Names a folder where every task that has left its result adds a letter to a file that is named as its result."""
 
 
 def work_for_a_moment(task: Task, started: float, report: Callable[[int, float], None] | None) -> Outcome:
@@ -77,7 +77,7 @@ def do_moment(task: Task, report: Callable[[int, float], None]) -> Outcome:
     with patch.object(evaluate, "_train", work_for_a_moment):
         outcome = evaluate.run_task(task, report)
     if folder := os.environ.get(ENDS):
-        with Path(folder, task.genome_hash).open("a") as file:
+        with Path(folder, task.result_path.name).open("a") as file:
             file.write("x")
     return outcome
 

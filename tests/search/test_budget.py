@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from search import driver, run
+from search import proposals, run
 from search.data import load_corpus
 from search.evaluate import count_metrics
 from search.evaluation import Status
@@ -116,7 +116,7 @@ def test_a_search_within_a_budget_that_is_run_again_finds_everything_in_its_log(
 def test_a_budget_that_nothing_keeps_ends_in_one_sentence(
     tmp_path: Path, text: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver, "REJECTIONS_PER_PLACE", 5)  # 16 ms each
+    monkeypatch.setattr(proposals, "REJECTIONS_PER_PLACE", 5)  # 16 ms each
     root = tmp_path / "run"
     arguments = [*PLAIN, "--workers", "inline", "--data", str(text), "--out", str(root)]
     assert run.main([*arguments, "--budget", "parameters<=10"]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -12,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from search.evaluation import Status
+from search.store import Store
 from tests.search.fault_tasks import ENDS, PIDS
 from tests.search.processes import Marked
 from tests.search.ray_cluster import answers, cluster
@@ -31,12 +34,12 @@ SEARCH = "import sys; from tests.search.fault_search import main; main(*sys.argv
 """The driver. No file of its own, which every process that does a task would run again."""
 
 
-def start(root: Path, kind: str, generations: int, pids: Path, *address: str) -> Marked:
+def start(root: Path, kind: str, generations: int, pids: Path, mode: str = "generations", *address: str) -> Marked:
     for path in pids.iterdir():
         path.unlink()
     ends = ends_of(root)
     ends.mkdir(exist_ok=True)
-    command = ["-c", SEARCH, str(root), kind, str(generations), *address]
+    command = ["-c", SEARCH, str(root), kind, str(generations), mode, *address]
     return Marked(command, **{PIDS: str(pids), ENDS: str(ends)})
 
 
@@ -73,12 +76,13 @@ def kill_a_worker(pids: Path, killed: set[str], rng: random.Random, kind: str) -
 
 
 def check_ends(root: Path, kills: int) -> None:
-    """Assert that no genome was trained to its end twice, and each once, but for those killed as they said so."""
+    """Assert that no task was done to its end twice, and each once, but for those killed as they said so."""
     times = {path.name: len(path.read_text()) for path in ends_of(root).iterdir()}
-    assert {genome_hash: count for genome_hash, count in times.items() if count != 1} == {}
+    assert {name: count for name, count in times.items() if count != 1} == {}
     logged = {genome_hash for (genome_hash,) in rows(root, "genome_hash")}
-    assert times.keys() <= logged
-    assert len(logged - times.keys()) <= kills
+    trained = {name.split(".")[0] for name in times}
+    assert trained <= logged
+    assert len(logged - trained) <= kills
 
 
 def check_kills(tmp_path: Path, kind: str, moments: int, generations: int) -> None:
@@ -88,9 +92,19 @@ def check_kills(tmp_path: Path, kind: str, moments: int, generations: int) -> No
     run = start(whole, "processes", generations, pids)
     run.finish()
     assert run.left(PATIENCE["processes"]) == []
+    kill_and_resume(cut, kind, moments, generations, pids, "generations")
+    check_ends(whole, 0)
+    check_ends(cut, moments)
+    assert rows(cut, RESULTS) == rows(whole, RESULTS)
+    assert (cut / "front.json").read_text() == (whole / "front.json").read_text()
+    names = [sorted(path.name for path in (root / "best").iterdir()) for root in (cut, whole)]
+    assert names[0] == names[1]
 
+
+def kill_and_resume(cut: Path, kind: str, moments: int, generations: int, pids: Path, mode: str) -> None:
+    """Kill a search so many times, and let it come to its end; no process is left."""
     rng, gone = random.Random(0), list[Marked]()
-    run, killed, seen, hits = start(cut, kind, generations, pids), set[str](), 0, 0
+    run, killed, seen, hits = start(cut, kind, generations, pids, mode), set[str](), 0, 0
     for _ in range(moments):
         # Four times of five between the start of a task and the end of the next; once before there is one.
         early = rng.random() < 0.2
@@ -107,17 +121,37 @@ def check_kills(tmp_path: Path, kind: str, moments: int, generations: int) -> No
         gone.append(run)
         assert evaluated(cut) >= seen
         seen = evaluated(cut)
-        run, killed = start(cut, kind, generations, pids), set()
+        run, killed = start(cut, kind, generations, pids, mode), set()
     run.finish()
     assert run.left(PATIENCE[kind]) == []
     assert [line for dead in gone for line in dead.left(PATIENCE[kind])] == []
     assert hits > moments / 2
-    check_ends(whole, 0)
+
+
+def check_asynchronous_kills(tmp_path: Path, kind: str, moments: int, generations: int) -> None:
+    """What is asked depends on which training ends first, so that no uninterrupted search is there to compare with."""
+    cut, pids = tmp_path / "cut", tmp_path / "pids"
+    pids.mkdir()
+    kill_and_resume(cut, kind, moments, generations, pids, "asynchronous")
     check_ends(cut, moments)
-    assert rows(cut, RESULTS) == rows(whole, RESULTS)
-    assert (cut / "front.json").read_text() == (whole / "front.json").read_text()
-    names = [sorted(path.name for path in (root / "best").iterdir()) for root in (cut, whole)]
-    assert names[0] == names[1]
+    with Store(cut) as store:
+        asked = [event["genome_hash"] for event in store.events() if event["event"] == "asked"]
+        candidates = [e for e in store.evaluations() if e.kind == "candidate"]
+    assert len(asked) == 4 * generations
+    assert sorted(e.genome_hash for e in candidates) == sorted(asked)
+    assert all(e.status is Status.OK for e in candidates)
+    assert {len(e.rungs) for e in candidates} == {1, 2}
+    front = {member["genome_hash"] for member in json.loads((cut / "front.json").read_text())}
+    assert front
+    assert {path.stem for path in (cut / "best").iterdir()} == front
+    assert not list((cut / "work").glob("*.json"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", kinds("processes", "ray"))
+def test_twenty_kills_lose_nothing_of_an_asynchronous_search(tmp_path: Path, kind: str) -> None:
+    check_asynchronous_kills(tmp_path, kind, 20, {"processes": 20, "ray": 6}[kind])
 
 
 @pytest.mark.slow  # two minutes on a busy machine
@@ -156,7 +190,7 @@ def test_a_cluster_outlives_a_killed_driver_and_its_tasks_do_not(tmp_path: Path,
     mark = f"{ENDS}={ends_of(cut)}"
     with cluster(**{PIDS: str(pids), ENDS: str(ends_of(cut))}) as address:
         for _ in range(2):
-            run = start(cut, kind, 1, pids, address)
+            run = start(cut, kind, 1, pids, "generations", address)
             deadline = time.monotonic() + START_SECONDS
             while not list(pids.iterdir()) and time.monotonic() < deadline:
                 time.sleep(0.01)
@@ -168,7 +202,7 @@ def test_a_cluster_outlives_a_killed_driver_and_its_tasks_do_not(tmp_path: Path,
             assert left == []
             assert run.left(PATIENCE[kind]) == []
             assert answers(address)
-        start(cut, kind, 1, pids, address).finish()
+        start(cut, kind, 1, pids, "generations", address).finish()
         assert answers(address)
     check_ends(cut, 2)
     assert rows(cut, RESULTS) == rows(whole, RESULTS)

@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -252,9 +252,10 @@ def test_the_longest_trainings_come_first_and_the_log_keeps_the_order_asked(tmp_
     started: list[str] = []
 
     class Watched(InlineWorkers):
-        def run(self, tasks: Sequence[Task], jobs: int, progress: Progress) -> Iterator[tuple[Task, Outcome]]:
-            started.extend(task.genome for task in tasks)
-            return super().run(tasks, jobs, progress)
+        def run(self, tasks: Iterable[Task | None], jobs: int, progress: Progress) -> Iterator[tuple[Task, Outcome]]:
+            given = list(tasks)
+            started.extend(task.genome for task in given if task is not None)
+            return super().run(given, jobs, progress)
 
     with Store(tmp_path / "run") as store, View(settings, Console(quiet=True)) as view:
         corpus.save(store.work)

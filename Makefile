@@ -10,6 +10,7 @@ TORCH ?= 2.13.0
 STAMP := $(VENV)/.star-installed
 SANITIZED := build/sanitize/.built
 SECONDS ?= 600
+WORKERS ?= 2
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find kernels -name '*.cpp' -o -name '*.h')
 ARGS ?=
 
@@ -17,7 +18,7 @@ ARGS ?=
 
 help:
 	@echo "make search [ARGS='--preset smoke']   search architectures on this machine; opens nothing, prints where report.html is"
-	@echo "make test                             lint, types and the quick tests (CI runs this)"
+	@echo "make test [WORKERS=2]                 lint, types and the quick tests (CI runs this), so many at once"
 	@echo "make test-all                         the slow tests too"
 	@echo "make bench                            pytest bench/: kernels against ceilings and peers"
 	@echo "make docs                             the documentation, in build/docs"
@@ -29,9 +30,9 @@ search: setup
 
 # The second run takes the Triton kernels through Triton's interpreter, which has to be chosen before they are imported.
 test: lint
-	$(PY) -m pytest
-	@if $(PY) -c 'import triton' 2>/dev/null; then TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/kernels -n 2 && \
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/star_core/test_graph_decoding.py -k triton -n 2; \
+	$(PY) -m pytest -n $(WORKERS)
+	@if $(PY) -c 'import triton' 2>/dev/null; then TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/kernels -n $(WORKERS) && \
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(PY) -m pytest tests/star_core/test_graph_decoding.py -k triton -n $(WORKERS); \
 	else echo "triton is not installed here: its kernels are not tested"; fi
 
 test-all: lint

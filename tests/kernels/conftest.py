@@ -15,6 +15,7 @@ from tests.kernels import interpreter
 
 if _triton.interpreting():
     interpreter.close_gaps()
+    interpreter.save_time()
 
 # "cuda" makes every test of an operator one of what serves a GPU.
 DEVICE = os.environ.get("STAR_TEST_DEVICE", "cpu")

@@ -3,8 +3,8 @@
 It holds bfloat16 as uint16. Rounding float32 to it cuts the lower bits off, where a GPU rounds to nearest even; and
 `tl.dot` multiplies the bits of two bfloat16 blocks as if they were integers (1e10 where 1 is right).
 
-Most of its time goes into Python around numpy's calls. What is saved here changes no number: `test_triton_interpreter.py`
-compares the two.
+Most of its time goes into Python around numpy's calls. What is saved of it here changes no bit of a result:
+`test_triton_interpreter.py` compares the two.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def close_gaps() -> None:
         return convert(value, source, target, rounding_mode)
 
     def widened(handle: Any) -> Any:
-        return interpreter.TensorHandle(widen(handle.data), tl.float32) if handle.dtype.scalar == tl.bfloat16 else handle
+        if handle.dtype.scalar != tl.bfloat16:
+            return handle
+        return interpreter.TensorHandle(widen(handle.data), tl.float32)
 
     def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         return dot(self, widened(a), widened(b), *rest)
@@ -147,7 +149,8 @@ def _compare_types_first() -> None:
     def spread(one: Any, shape: Any) -> Any:
         if one.type.is_block() and one.type.shape.values == shape:
             return one
-        data = np.broadcast_to(one.handle.data, shape)
+        data = np.empty(shape, one.handle.data.dtype)
+        data[...] = one.handle.data
         return tl.tensor(interpreter.TensorHandle(data, one.dtype), tl.block_type(one.dtype, shape))
 
     def broadcast_impl_value(self: Any, lhs: Any, rhs: Any) -> Any:
@@ -180,7 +183,7 @@ def _compare_types_first() -> None:
 
 
 def _scan_whole_slices() -> None:
-    """`tl.associative_scan` joins one element with one other; here, in the same order, all of a place along the axis."""
+    """`tl.associative_scan` joins one element with one other; here, in the same order, all at one place of the axis."""
     from triton.runtime import interpreter
 
     def generic_scan(self: Any, inputs: Any) -> Any:
@@ -194,7 +197,7 @@ def _scan_whole_slices() -> None:
                 joined = self.combine_fn.fn(*before, *here)
                 joined = joined if isinstance(joined, tuple) else (joined,)
             for data, one in zip(found, joined, strict=True):
-                data[place] = one.handle.data
+                data[place] = one.handle.data.reshape(data.shape[1:])
         return [
             self.to_tensor(np.ascontiguousarray(np.moveaxis(data, 0, self.axis)), one.dtype)
             for data, one in zip(found, inputs, strict=True)

@@ -25,6 +25,7 @@ torch.save(results(), sys.argv[1])
 
 def results() -> list[Tensor]:
     """Return outputs and gradients of kernels with scans, products, sums, maxima, loops, casts and masks."""
+
     def size(*shape: int) -> Tensor:
         return normal("x", *shape)
 
@@ -40,7 +41,7 @@ def results() -> list[Tensor]:
         ("rms_norm", Case({"x": size(5, 7), "weight": size(7)})),
     )
     found: list[Tensor] = []
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+    for dtype in (torch.float32, torch.bfloat16):
         for operator, case in cases:
             leaves = case.leaves(dtype)
             outputs = call(operator, "triton", leaves, case.options)
@@ -54,6 +55,6 @@ def test_saving_time_changes_no_bit(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", SCRIPT, str(file)], check=True)
     want = torch.load(file)
     found = results()
-    assert len(found) == len(want) >= 3 * 6 * 3
+    assert len(found) == len(want) >= 2 * 6 * 3
     for index, (got, expected) in enumerate(zip(found, want, strict=True)):
         assert torch.equal(got, expected), f"result {index}"

@@ -70,7 +70,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             names = ["triton"] if "triton" in names else []
         metafunc.parametrize("backend", names)
     if "length" in metafunc.fixturenames:
-        # Less than a block, and more than four of them; each program of a grid costs the interpreter 2 ms.
+        # Less than a block, and more than four of them; each program of a grid costs the interpreter 1 to 4 ms.
         lengths = (3, 65) if _triton.interpreting() else metafunc.cls.lengths
         metafunc.parametrize("length", lengths, ids=lambda length: f"T{length}")
     if "long_length" in metafunc.fixturenames:

@@ -9,11 +9,13 @@ Most of its time goes into Python around numpy's calls. What is saved of it here
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 
 
+@functools.cache
 def close_gaps() -> None:
     """Round as a GPU does, and multiply bfloat16 blocks as float32."""
     import triton.language as tl
@@ -45,6 +47,7 @@ def close_gaps() -> None:
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
+@functools.cache
 def save_time() -> None:
     """Leave out what the interpreter computes over and over, or computes and drops."""
     _prepare_the_language_once()

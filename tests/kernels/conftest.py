@@ -15,6 +15,7 @@ from tests.kernels import interpreter
 
 if _triton.interpreting():
     interpreter.close_gaps()
+    interpreter.save_time()
 
 # "cuda" makes every test of an operator one of what serves a GPU.
 DEVICE = os.environ.get("STAR_TEST_DEVICE", "cpu")
@@ -69,7 +70,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             names = ["triton"] if "triton" in names else []
         metafunc.parametrize("backend", names)
     if "length" in metafunc.fixturenames:
-        # Less than a block, and more than four of them; each program of a grid costs the interpreter 2 ms.
+        # Less than a block, and more than four of them; each program of a grid costs the interpreter 1 to 4 ms.
         lengths = (3, 65) if _triton.interpreting() else metafunc.cls.lengths
         metafunc.parametrize("length", lengths, ids=lambda length: f"T{length}")
     if "long_length" in metafunc.fixturenames:

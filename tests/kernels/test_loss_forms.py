@@ -17,7 +17,7 @@ Leaves = dict[str, Tensor]
 
 # Rows, width, vocabulary: a small weight summed for groups of rows; a large vocabulary in groups of chunks; neither.
 SIZES = [(600, 8, 300), (513, 16, 77), (40, 6, 3000), (150, 33, 1100), (100, 70, 129), (300, 5, 5000)]
-if _triton.interpreting():  # which takes 10 ms for each 4096 logits
+if _triton.interpreting():  # which takes 0.3 ms for each 4096 logits, forward alone
     SIZES = [(130, 8, 300), (513, 16, 77), (13, 6, 3000), (30, 33, 1100), (100, 70, 129), (9, 5, 5000)]
 
 

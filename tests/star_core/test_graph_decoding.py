@@ -16,6 +16,7 @@ from star_core.genome.baselines import BASELINES
 from star_core.graph_decoding import CudaGraph, GraphDecoder
 from star_kernels import _triton
 from star_kernels.dispatch import use_backend
+from tests.kernels import interpreter
 from tests.star_core.graphs import ReplayedCalls, RerunSteps
 from tests.star_core.test_own_livs import FAMILIES
 
@@ -183,6 +184,8 @@ def check_launches(model: LanguageModel, launches: list[tuple[object, ...]], new
 
 
 interpreted = pytest.mark.skipif(not _triton.interpreting(), reason="needs TRITON_INTERPRET=1")
+if _triton.interpreting():
+    interpreter.save_time()
 
 
 @interpreted

@@ -88,6 +88,10 @@ struct VecF {
     const __m256i first = _mm256_srai_epi32(whole, 1);
     return VecF(_mm256_mul_ps(_mm256_mul_ps(a.v, power_of_2(first)), power_of_2(_mm256_sub_epi32(whole, first))));
   }
+  // Lane by lane, the bits of a moved up by 23: its lowest eight become the exponent.
+  friend VecF shift_to_exponent(VecF a) {
+    return VecF(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23)));
+  }
   // Mantissa in [2/3, 4/3) and exponent of a positive finite number: a = m * 2^e. Denormals included.
   friend VecF split(VecF a, VecF& e) {
     const __m256 tiny = _mm256_cmp_ps(a.v, _mm256_set1_ps(1.17549435e-38f), _CMP_LT_OQ);

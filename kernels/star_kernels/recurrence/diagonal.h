@@ -21,6 +21,14 @@ template <class Op, class T> struct DiagonalInputs {
   Track<T> in[Op::kInputs];
   const W* parameter;  // (D,)
   int64_t width;
+  bool stream;  // the outputs past the caches
+
+  void store(Vec<T> value, T* to, Full) const {
+    // diagonal_scan of tensors of 16 MB, both directions: 7.2 to 5.7 ms (Zen 3, two threads). Not measured elsewhere.
+    if constexpr (VecF::N == 8) return put(value, to, Full{}, stream);
+    value.store(to);
+  }
+  void store(Vec<T> value, T* to, Lanes lanes) const { value.store(to, lanes); }
 };
 
 // Rows are too far apart for the processor to see the pattern: ask for a tile's part of a row.
@@ -47,7 +55,7 @@ void diagonal_forward_tile(const DiagonalInputs<Op, T>& inputs, int64_t row, int
       STAR_UNROLL for (int i = 0; i < Op::kInputs; ++i) values[i] = V::load(in[i] + k * V::N, lanes);
       Op::terms(values, parameter[k], a, v, kept);
       h[k] = fma(a, h[k], v);
-      h[k].store(h_out + k * V::N, lanes);
+      inputs.store(h[k], h_out + k * V::N, lanes);
     }
     STAR_UNROLL for (int i = 0; i < Op::kInputs; ++i) in[i] += inputs.in[i].time;
     h_out += inputs.width;
@@ -100,7 +108,7 @@ void diagonal_backward_tile(const DiagonalInputs<Op, T>& inputs, const Track<T>&
       STAR_UNROLL for (int i = 0; i < Op::kKept; ++i) kept[i] = V::load(saved + (k * kSaved + 1 + i) * V::N);
       const V g = dh_t != nullptr ? pull[k] + V::load(dh_t + k * V::N, lanes) : pull[k];
       Op::gradients(values, parameter[k], kept, before, g, a, dvalues, dp[k]);
-      STAR_UNROLL for (int i = 0; i < Op::kInputs; ++i) dvalues[i].store(din[i] + out + k * V::N, lanes);
+      STAR_UNROLL for (int i = 0; i < Op::kInputs; ++i) inputs.store(dvalues[i], din[i] + out + k * V::N, lanes);
       pull[k] = g * a;
     }
   }
@@ -171,6 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> diagonal_forward(const Tensor* const (&any)[O
     }
     tracks.parameter = parameter.data<W>();
     tracks.width = width;
+    tracks.stream = stream_rows(h, Op::kInputs + 1);
     const Tensor start = starting_states<W>(initial_state, {sequences.count(), width});
     final_state = empty({sequences.count(), width}, dtype_of<W>());
     kept = empty({any[0]->size(0) * slots * width}, dtype_of<W>());
@@ -197,6 +206,7 @@ std::tuple<Tensor, Tensor, Tensor> diagonal_forward(const Tensor* const (&any)[O
         }
       };
       over_tiles<Vec<T>, Op::kVectors>(shares.first(task), shares.last(task), take);
+      finish_streaming(tracks.stream);
     });
   });
   return {std::move(h), std::move(final_state), std::move(kept)};
@@ -229,11 +239,13 @@ DiagonalGradients<Op> diagonal_backward(const OptionalTensor& dh_any, const Opti
     using W = Wide<T>;
     Tensor inputs[Op::kInputs];
     DiagonalInputs<Op, T> tracks;
+    tracks.stream = stream_rows(gradients.inputs[0], 2 * Op::kInputs + 1);
     T* din_data[Op::kInputs];
     for (int i = 0; i < Op::kInputs; ++i) {
       inputs[i] = last_contiguous(*any[i]);
       tracks.in[i] = Track<T>(inputs[i]);
       Tensor& din = gradients.inputs[i];
+      tracks.stream = tracks.stream && on_line(din.raw());
       din_data[i] = din.mutable_data<T>();
     }
     tracks.parameter = parameter.data<W>();
@@ -272,6 +284,7 @@ DiagonalGradients<Op> diagonal_backward(const OptionalTensor& dh_any, const Opti
         }
       };
       over_tiles<Vec<T>, Op::kVectors>(shares.first(task), shares.last(task), take);
+      finish_streaming(tracks.stream);
     });
     gradients.parameter = add_sequences<W>(partial, {width}, dtype_of<W>());
   });

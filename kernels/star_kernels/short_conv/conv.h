@@ -23,6 +23,12 @@ enum class Kind { kPlain, kSilu, kGated };
 
 constexpr int kTile = 8;
 
+// Whether a vector of floats is half a line of the caches (AVX2). A tile then takes two vectors side by side, so that it
+// loads and stores whole lines: of rows 4 KB apart, which share eight places of the first-level cache, the other half
+// would be gone by the next vector, and half a line streamed costs as much as a whole one. The backward of
+// causal_conv1d, B8 T256 D1024, takes 1.1 ms in place of 1.4, with silu 2.3 in place of 3.3 (Zen 3, two threads).
+template <class V> constexpr bool kPairs = V::N == 8;
+
 // Channels that one task takes, whole vectors: their panels (4 W rows in the backward) then stay in the first- or
 // second-level cache.
 constexpr int64_t kBlockChannels = 2048;

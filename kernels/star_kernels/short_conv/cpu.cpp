@@ -38,10 +38,10 @@ template <class T> struct Forward {
   }
 };
 
-template <class T, Kind kind, class L> inline Vec<T> input(const Forward<T>& p, L lanes) {
-  const Vec<T> x = Vec<T>::load(p.x, lanes);
+template <class T, Kind kind, class L> inline Vec<T> input(const Forward<T>& p, int64_t i, L lanes) {
+  const Vec<T> x = Vec<T>::load(p.x + i, lanes);
   if constexpr (kind != Kind::kGated) return x;
-  return x * Vec<T>::load(p.gate_in, lanes);
+  return x * Vec<T>::load(p.gate_in + i, lanes);
 }
 
 template <class T, Kind kind, class L> inline void output(const Forward<T>& p, L lanes, Vec<T> sum) {
@@ -50,17 +50,69 @@ template <class T, Kind kind, class L> inline void output(const Forward<T>& p, L
   put(sum, p.y, lanes, p.stream);
 }
 
+// kTile tokens of two vectors of half a line each, see `kPairs`.
+template <class T, Kind kind, int kTaps> inline void forward_pair(Forward<T> p) {
+  using V = Vec<T>;
+  constexpr int kPast = kTaps - 1;
+  V inputs[2][kPast + kTile], sums[2][kTile];
+  STAR_UNROLL for (int r = 0; r < kTile; ++r) {
+    // The next tile's part: rows are too short, or too far apart, for the processor to be there in time.
+    __builtin_prefetch(p.x + kTile * p.x_step, 0, 2);
+    if constexpr (kind == Kind::kGated) {
+      __builtin_prefetch(p.gate_in + kTile * p.in_step, 0, 2);
+    }
+    STAR_UNROLL for (int h = 0; h < 2; ++h) inputs[h][kPast + r] = input<T, kind>(p, h * V::N, Full{});
+    advance(p.x, p.x_step);
+    if constexpr (kind == Kind::kGated) advance(p.gate_in, p.in_step);
+  }
+  for (int h = 0; h < 2; ++h) {
+    const Wide<T>* panel = p.taps + h * V::N * (kTaps + 1);
+    Wide<T>* past = p.past + h * V::N * kPast;
+    V taps[kTaps], power[kTile], *in = inputs[h], *sum = sums[h];
+    STAR_UNROLL for (int w = 0; w < kTaps; ++w) taps[w] = V::load(panel + w * V::N);
+    STAR_UNROLL for (int w = 0; w < kPast; ++w) {
+      in[w] = V::load(past + w * V::N);
+      in[kTile + w].store(past + w * V::N);
+    }
+    const V bias = V::load(panel + kTaps * V::N);
+    STAR_UNROLL for (int r = 0; r < kTile; ++r) {
+      sum[r] = bias;
+      STAR_UNROLL for (int w = 0; w < kTaps; ++w) sum[r] = fma(taps[w], in[r + w], sum[r]);
+    }
+    if constexpr (kind == Kind::kSilu) {
+      STAR_UNROLL for (int r = 0; r < kTile; ++r) power[r] = sigmoid_power(sum[r]);
+      STAR_UNROLL for (int r = 0; r < kTile; ++r) sum[r] = sum[r] * sigmoid_from(power[r]);
+    }
+  }
+  STAR_UNROLL for (int r = 0; r < kTile; ++r) {
+    STAR_UNROLL for (int h = 0; h < 2; ++h) {
+      V sum = sums[h][r];
+      if constexpr (kind == Kind::kGated) sum = sum * V::load(p.gate_out + h * V::N);
+      put(sum, p.y + h * V::N, Full{}, p.stream);
+    }
+    advance(p.y, p.y_step);
+    if constexpr (kind == Kind::kGated) advance(p.gate_out, p.out_step);
+  }
+}
+
 // kTile tokens of the whole vectors of channels.
 template <class T, Kind kind, int kTaps> void forward_tile(Forward<T> p) {
   using V = Vec<T>;
-  for (int64_t i = 0; i + V::N <= p.channels; i += V::N) {
+  int64_t i = 0;
+  if constexpr (kPairs<V>) {
+    for (; i + 2 * V::N <= p.channels; i += 2 * V::N) {
+      forward_pair<T, kind, kTaps>(p);
+      p.template skip<kind>(2 * V::N, kTaps);
+    }
+  }
+  for (; i + V::N <= p.channels; i += V::N) {
     V taps[kTaps], window[kTaps - 1 + kTile];
     STAR_UNROLL for (int w = 0; w < kTaps; ++w) taps[w] = V::load(p.taps + w * V::N);
     STAR_UNROLL for (int w = 0; w < kTaps - 1; ++w) window[w] = V::load(p.past + w * V::N);
     const V bias = V::load(p.taps + kTaps * V::N);
     Forward<T> at = p;
     STAR_UNROLL for (int r = 0; r < kTile; ++r) {
-      window[kTaps - 1 + r] = input<T, kind>(at, Full{});
+      window[kTaps - 1 + r] = input<T, kind>(at, 0, Full{});
       V sum = bias;
       STAR_UNROLL for (int w = 0; w < kTaps; ++w) sum = fma(taps[w], window[r + w], sum);
       output<T, kind>(at, Full{}, sum);
@@ -82,7 +134,7 @@ template <class T, Kind kind> void forward_token(Forward<T> p, int64_t num_taps)
       sum = fma(V::load(p.taps + w * V::N), value, sum);
       if (w > 0) value.store(p.past + (w - 1) * V::N);
     }
-    const V value = input<T, kind>(p, lanes);
+    const V value = input<T, kind>(p, 0, lanes);
     sum = fma(V::load(p.taps + history * V::N), value, sum);
     if (history > 0) value.store(p.past + (history - 1) * V::N);
     output<T, kind>(p, lanes, sum);

@@ -11,64 +11,10 @@
 // against 40 row by row, Zen 4). Only the taps' gradients are summed kTile rows at a time, from rows still in cache.
 // Tokens whose W - 1 before lie in the segment too, nearly all, take one loop (`interior_rows`); the others take a loop
 // for each half, and the same operations in the same order.
-#include "short_conv/conv.h"
+#include "short_conv/tile.h"
 
 namespace star {
 namespace {
-
-// One token of a block of channels, and the token W - 1 before it, whose input's gradient it completes.
-template <class T> struct Row {
-  const T *dy, *x, *gate_in, *gate_out;
-  T* dgate_out;
-  const T *past_x, *past_gate_in;
-  T *dx, *dgate_in;
-};
-
-// The tensors along time of one call.
-template <class T> struct Planes {
-  Plane<const T> dy, x, gate_in, gate_out;
-  Plane<T> dx, dgate_in, dgate_out;
-
-  Row<T> row(int64_t b, int64_t t, int64_t past, int64_t channel) const {
-    return {dy.at(b, t, channel),        x.at(b, t, channel),
-            gate_in.at(b, t, channel),   gate_out.at(b, t, channel),
-            dgate_out.at(b, t, channel), x.at(b, t - past, channel),
-            gate_in.at(b, t - past, channel), dx.at(b, t - past, channel),
-            dgate_in.at(b, t - past, channel)};
-  }
-};
-
-// The last tokens' rows of u or g, oldest first: W - 1 of the past, then up to kTile new ones. A row lies in memory of
-// its own (`slots`), or where the caller's tensor has it already.
-template <class W> struct History {
-  const W** rows;
-  W** slots;
-  int64_t past;
-
-  History(Scratch& scratch, int64_t past_rows, int64_t width) : past(past_rows) {
-    rows = scratch.get<const W*>(past + kTile);
-    slots = scratch.get<W*>(past + kTile);
-    W* memory = scratch.get<W>((past + kTile) * width);
-    for (int64_t r = 0; r < past + kTile; ++r) slots[r] = memory + r * width;
-  }
-  // The first `past` rows back into slots of their own.
-  void restart() {
-    for (int64_t r = 0; r < past; ++r) rows[r] = slots[r];
-  }
-  // Drop the `count` oldest rows; their memory is used again.
-  void drop(int64_t count) {
-    W* freed[kTile];
-    for (int64_t r = 0; r < count; ++r) freed[r] = slots[r];
-    for (int64_t r = 0; r < past; ++r) rows[r] = rows[r + count];
-    for (int64_t r = 0; r + count < past + kTile; ++r) slots[r] = slots[r + count];
-    for (int64_t r = 0; r < count; ++r) slots[past + kTile - count + r] = freed[r];
-  }
-};
-
-// Whether u and g need rows of their own: for float and double without a gate x itself is u, and without an activation
-// dy itself is g.
-template <class T, Kind kind> constexpr bool kOwnInput = kind == Kind::kGated || sizeof(T) != sizeof(Wide<T>);
-template <class T, Kind kind> constexpr bool kOwnOutput = kind != Kind::kPlain || sizeof(T) != sizeof(Wide<T>);
 
 template <class T, Kind kind, class L> inline Vec<T> load_input(const Row<T>& p, int64_t i, L lanes, Wide<T>* new_u) {
   using V = Vec<T>;
@@ -78,17 +24,12 @@ template <class T, Kind kind, class L> inline Vec<T> load_input(const Row<T>& p,
   return input;
 }
 
-template <class V> inline V silu_slope(V z) {
-  const V s = sigmoid(z);
-  return s * fma(z, V(1) - s, V(1));
-}
-
 // g from z, and the outer gate's gradient for tokens that are the segment's own.
 template <class T, Kind kind, class L>
 inline Vec<T> load_output(const Row<T>& p, int64_t i, L lanes, Vec<T> z, Wide<T>* new_g, bool own, bool stream) {
   using V = Vec<T>;
   V g = V::load(p.dy + i, lanes);
-  if constexpr (kind == Kind::kSilu) g = g * silu_slope(z);
+  if constexpr (kind == Kind::kSilu) g = g * silu_slope(z, sigmoid(z));
   if constexpr (kind == Kind::kGated) {
     if (own) put(g * z, p.dgate_out + i, lanes, stream);
     g = g * V::load(p.gate_out + i, lanes);
@@ -106,13 +47,6 @@ inline void store_input(const Row<T>& p, int64_t i, L lanes, Vec<T> du, bool str
   }
   put(du, p.dx + i, lanes, stream);
 }
-
-// What one task works on.
-template <class T> struct Block {
-  int64_t batch, channel, channels, num_taps;
-  const Wide<T>* taps;  // panels of W + 1 rows
-  bool stream;
-};
 
 // `count` tokens from t on, all of the segment, and W - 1 or more past its begin; `first`: the place of t in the tile.
 template <class T, Kind kind, int kTaps>
@@ -149,68 +83,6 @@ void interior_rows(const Planes<T>& planes, const Block<T>& block, int64_t t, in
       STAR_UNROLL for (int w = 1; w < kTaps; ++w) du = fma(tap[w], V::load(past_g[kPast - w] + i, lanes), du);
       store_input<T, kind>(p, i, lanes, du, stream);
     });
-  }
-}
-
-// kTile such tokens of whole vectors of channels, kTile tokens of a vector at a time: the rows of u and g slide through
-// registers and the taps' gradients are summed on the way. Without gates, that is with two streams read and one written.
-template <class T, Kind kind, int kTaps>
-void interior_tile(const Planes<T>& planes, const Block<T>& block, int64_t t, History<Wide<T>>& u, History<Wide<T>>& g,
-                   Wide<T>* dtaps) {
-  using V = Vec<T>;
-  constexpr int kPast = kTaps - 1;
-  const Row<T> first = planes.row(block.batch, t, kPast, block.channel);
-  const int64_t x_step = planes.x.token, dy_step = planes.dy.token, dx_step = planes.dx.token;
-  const Wide<T>*taps = block.taps, *past_g[kTaps];
-  Wide<T>*last_u[kTaps], *last_g[kTaps];
-  STAR_UNROLL for (int w = 0; w < kPast; ++w) {
-    past_g[w] = g.rows[w];
-    last_u[w] = u.slots[kTile + w];
-    last_g[w] = g.slots[kTile + w];
-    u.rows[kTile + w] = last_u[w];
-    g.rows[kTile + w] = last_g[w];
-    const int64_t token = t + kTile - kPast + w;
-    if constexpr (!kOwnInput<T, kind>) u.rows[kTile + w] = planes.x.at(block.batch, token, block.channel);
-    if constexpr (!kOwnOutput<T, kind>) g.rows[kTile + w] = planes.dy.at(block.batch, token, block.channel);
-  }
-  const bool stream = block.stream;
-  for (int64_t i = 0; i < block.channels; i += V::N) {
-    const T *x = first.past_x + i, *dy = first.dy + i;
-    T* dx = first.dx + i;
-    const Wide<T>* panel = taps + i * (kTaps + 1);
-    Wide<T>* sum = dtaps + i * (kTaps + 1);
-    V tap[kTaps], sums[kTaps + 1], inputs[kPast + kTile], outputs[kPast + kTile];
-    STAR_UNROLL for (int w = 0; w < kTaps; ++w) tap[w] = V::load(panel + w * V::N);
-    STAR_UNROLL for (int w = 0; w <= kTaps; ++w) sums[w] = V::load(sum + w * V::N);
-    const V bias = V::load(panel + kTaps * V::N);
-    STAR_UNROLL for (int w = 0; w < kPast; ++w) {
-      inputs[w] = V::load(x);
-      outputs[w] = V::load(past_g[w] + i);
-      advance(x, x_step);
-    }
-    STAR_UNROLL for (int r = 0; r < kTile; ++r) {
-      inputs[kPast + r] = V::load(x);
-      V now = V::load(dy);
-      if constexpr (kind == Kind::kSilu) {
-        V z = bias;
-        STAR_UNROLL for (int w = 0; w < kTaps; ++w) z = fma(tap[w], inputs[r + w], z);
-        now = now * silu_slope(z);
-      }
-      outputs[kPast + r] = now;
-      V du = tap[0] * now;
-      STAR_UNROLL for (int w = 1; w < kTaps; ++w) du = fma(tap[w], outputs[kPast + r - w], du);
-      put(du, dx, Full{}, stream);
-      STAR_UNROLL for (int w = 0; w < kTaps; ++w) sums[w] = fma(now, inputs[r + w], sums[w]);
-      sums[kTaps] = sums[kTaps] + now;
-      advance(x, x_step);
-      advance(dy, dy_step);
-      advance(dx, dx_step);
-    }
-    STAR_UNROLL for (int w = 0; w <= kTaps; ++w) sums[w].store(sum + w * V::N);
-    STAR_UNROLL for (int w = 0; w < kPast; ++w) {
-      if constexpr (kOwnInput<T, kind>) inputs[kTile + w].store(last_u[w] + i);
-      if constexpr (kOwnOutput<T, kind>) outputs[kTile + w].store(last_g[w] + i);
-    }
   }
 }
 

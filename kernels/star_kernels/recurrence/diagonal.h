@@ -22,14 +22,14 @@ template <class Op, class T> struct DiagonalInputs {
   const W* parameter;  // (D,)
   int64_t width;
   bool stream;  // the outputs past the caches
-
-  void store(Vec<T> value, T* to, Full) const {
-    // diagonal_scan of tensors of 16 MB, both directions: 7.2 to 5.7 ms (Zen 3, two threads). Not measured elsewhere.
-    if constexpr (VecF::N == 8) return put(value, to, Full{}, stream);
-    value.store(to);
-  }
-  void store(Vec<T> value, T* to, Lanes lanes) const { value.store(to, lanes); }
 };
+
+// diagonal_scan of tensors of 16 MB, both directions: 7.2 to 5.7 ms (Zen 3, two threads). Not measured elsewhere.
+template <class T> inline void put_output(Vec<T> value, T* to, Full, bool stream) {
+  if constexpr (VecF::N == 8) return put(value, to, Full{}, stream);
+  value.store(to);
+}
+template <class T> inline void put_output(Vec<T> value, T* to, Lanes lanes, bool) { value.store(to, lanes); }
 
 // Rows are too far apart for the processor to see the pattern: ask for a tile's part of a row.
 template <int kElements, class T> inline void prefetch_tile(const T* data) {
@@ -42,6 +42,7 @@ template <class Op, class T, int K, class L>
 void diagonal_forward_tile(const DiagonalInputs<Op, T>& inputs, int64_t row, int64_t channel, int64_t begin,
                            int64_t end, Wide<T>* state, T* h_out, L lanes) {
   using V = Vec<T>;
+  const bool stream = inputs.stream;  // read once: for the compiler, a store may change it
   V h[K], parameter[K];
   STAR_UNROLL for (int k = 0; k < K; ++k) {
     h[k] = V::load(state + k * V::N, lanes);
@@ -55,7 +56,7 @@ void diagonal_forward_tile(const DiagonalInputs<Op, T>& inputs, int64_t row, int
       STAR_UNROLL for (int i = 0; i < Op::kInputs; ++i) values[i] = V::load(in[i] + k * V::N, lanes);
       Op::terms(values, parameter[k], a, v, kept);
       h[k] = fma(a, h[k], v);
-      inputs.store(h[k], h_out + k * V::N, lanes);
+      put_output<T>(h[k], h_out + k * V::N, lanes, stream);
     }
     STAR_UNROLL for (int i = 0; i < Op::kInputs; ++i) in[i] += inputs.in[i].time;
     h_out += inputs.width;
@@ -90,6 +91,7 @@ void diagonal_backward_tile(const DiagonalInputs<Op, T>& inputs, const Track<T>&
       h[k] = fma(a, h[k], v);
     }
   }
+  const bool stream = inputs.stream;
   V pull[K], dp[K];
   STAR_UNROLL for (int k = 0; k < K; ++k) {
     pull[k] = V::load(carry + k * V::N, lanes);
@@ -108,7 +110,7 @@ void diagonal_backward_tile(const DiagonalInputs<Op, T>& inputs, const Track<T>&
       STAR_UNROLL for (int i = 0; i < Op::kKept; ++i) kept[i] = V::load(saved + (k * kSaved + 1 + i) * V::N);
       const V g = dh_t != nullptr ? pull[k] + V::load(dh_t + k * V::N, lanes) : pull[k];
       Op::gradients(values, parameter[k], kept, before, g, a, dvalues, dp[k]);
-      STAR_UNROLL for (int i = 0; i < Op::kInputs; ++i) inputs.store(dvalues[i], din[i] + out + k * V::N, lanes);
+      STAR_UNROLL for (int i = 0; i < Op::kInputs; ++i) put_output<T>(dvalues[i], din[i] + out + k * V::N, lanes, stream);
       pull[k] = g * a;
     }
   }

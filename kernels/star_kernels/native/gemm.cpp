@@ -16,23 +16,33 @@ constexpr int64_t kBlockK = 256;
 constexpr int64_t kBlockN = 512;
 constexpr int64_t kBlockM = 96;
 
+// Multiply-adds for which one line is looked ahead: 64 x 64 x 64 of them ask for 80 KB.
+constexpr int64_t kAheadWork = 200;
+
 int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// C tile (R rows) += A (R x k, rows `a_row` and columns `a_k` apart) B (k x tile, rows `b_k` apart).
+// C tile (R rows) = what it is added to + A (R x k, rows `a_row` and columns `a_k` apart) B (k x tile, rows `b_k`
+// apart).
 template <class V, int R, int kVecs, class L>
 inline void multiply_tile(int64_t k, const typename V::Scalar* a, int64_t a_row, int64_t a_k,
                           const typename V::Scalar* b, int64_t b_k, typename V::Scalar* c, int64_t c_row, L last,
-                          bool accumulate) {
+                          const Onto<typename V::Scalar>& onto) {
   V sum[R][kVecs];
   STAR_UNROLL for (int r = 0; r < R; ++r) {
     STAR_UNROLL for (int v = 0; v < kVecs; ++v) {
-      if (!accumulate) {
+      if (onto.data == nullptr) {
         sum[r][v] = V(0);
       } else if (v < kVecs - 1) {
-        sum[r][v] = V::load(c + r * c_row + v * V::N);
+        sum[r][v] = V::load(onto.data + r * onto.row + v * V::N);
       } else {
-        sum[r][v] = V::load(c + r * c_row + v * V::N, last);
+        sum[r][v] = V::load(onto.data + r * onto.row + v * V::N, last);
       }
+    }
+  }
+  if (onto.data != nullptr && onto.factors != nullptr) {
+    STAR_UNROLL for (int r = 0; r < R; ++r) {
+      const V factor(onto.factors[r * onto.step]);
+      STAR_UNROLL for (int v = 0; v < kVecs; ++v) sum[r][v] = sum[r][v] * factor;
     }
   }
   for (int64_t p = 0; p < k; ++p) {
@@ -56,23 +66,30 @@ inline void multiply_tile(int64_t k, const typename V::Scalar* a, int64_t a_row,
 template <class V, int kVecs, class L>
 void multiply_panel(int64_t m, int64_t k, const typename V::Scalar* a, int64_t a_row, int64_t a_k, int64_t a_step,
                     const typename V::Scalar* b, int64_t b_k, typename V::Scalar* c, int64_t c_row, L last,
-                    bool accumulate) {
+                    Onto<typename V::Scalar> onto, Lookahead* ahead) {
   constexpr int R = kRows<V>;
+  const auto touch = [&](int64_t rows) {
+    if (ahead != nullptr) ahead->touch(1 + rows * kVecs * V::N * k / kAheadWork);
+  };
   int64_t i = 0;
-  for (; i + R <= m; i += R, a += a_step) {
-    multiply_tile<V, R, kVecs>(k, a, a_row, a_k, b, b_k, c + i * c_row, c_row, last, accumulate);
+  // Two rows alone are four chains of sums, half of what the multipliers could take: 6 + 2 rows become 4 + 4. A packed
+  // panel of A holds 6 rows, which tiles must not cross.
+  const int64_t full = R == 6 && m > 6 && m % 6 == 2 && a_step == 6 * a_row ? m - 8 : m;
+  for (; i + R <= full; i += R, a += a_step, onto.advance(R)) {
+    multiply_tile<V, R, kVecs>(k, a, a_row, a_k, b, b_k, c + i * c_row, c_row, last, onto);
+    touch(R);
   }
   if constexpr (R > 4) {
-    if (m - i >= 4) {
-      multiply_tile<V, 4, kVecs>(k, a, a_row, a_k, b, b_k, c + i * c_row, c_row, last, accumulate);
-      i += 4, a += 4 * a_row;
+    for (; m - i >= 4; i += 4, a += 4 * a_row, onto.advance(4)) {
+      multiply_tile<V, 4, kVecs>(k, a, a_row, a_k, b, b_k, c + i * c_row, c_row, last, onto);
+      touch(4);
     }
   }
   if (m - i >= 2) {
-    multiply_tile<V, 2, kVecs>(k, a, a_row, a_k, b, b_k, c + i * c_row, c_row, last, accumulate);
-    i += 2, a += 2 * a_row;
+    multiply_tile<V, 2, kVecs>(k, a, a_row, a_k, b, b_k, c + i * c_row, c_row, last, onto);
+    i += 2, a += 2 * a_row, onto.advance(2);
   }
-  if (m - i >= 1) multiply_tile<V, 1, kVecs>(k, a, a_row, a_k, b, b_k, c + i * c_row, c_row, last, accumulate);
+  if (m - i >= 1) multiply_tile<V, 1, kVecs>(k, a, a_row, a_k, b, b_k, c + i * c_row, c_row, last, onto);
 }
 
 // rows x columns of `in` to `out` with rows `out_row` apart and columns adjacent; columns past `columns` up to `padded`
@@ -121,14 +138,17 @@ void pack(Matrix<T> in, int64_t rows, int64_t columns, int64_t padded, Wide<T>* 
 }  // namespace
 
 template <class TA, class TB>
-void gemm(int64_t m, int64_t n, int64_t k, Matrix<TA> a, Matrix<TB> b, Wide<TA>* c, int64_t c_row, bool accumulate) {
+void gemm(int64_t m, int64_t n, int64_t k, Matrix<TA> a, Matrix<TB> b, Wide<TA>* c, int64_t c_row,
+          Onto<Wide<TA>> onto, Lookahead* ahead) {
   using V = Vec<TA>;
   using W = Wide<TA>;
   constexpr int64_t kColumns = kVectors * V::N;
   constexpr int R = kRows<V>;
-  if (k == 0 && !accumulate) {
+  if (k == 0) {
     for (int64_t i = 0; i < m; ++i) {
-      for (int64_t j = 0; j < n; ++j) c[i * c_row + j] = 0;
+      const W factor = onto.factors != nullptr ? onto.factors[i * onto.step] : W(1);
+      const W* from = onto.data != nullptr ? onto.data + i * onto.row : nullptr;
+      for (int64_t j = 0; j < n; ++j) c[i * c_row + j] = from != nullptr ? factor * from[j] : 0;
     }
   }
   Scratch scratch;
@@ -141,7 +161,7 @@ void gemm(int64_t m, int64_t n, int64_t k, Matrix<TA> a, Matrix<TB> b, Wide<TA>*
 
   for (int64_t p = 0; p < k; p += kBlockK) {
     const int64_t depth = smaller(kBlockK, k - p);
-    const bool add = accumulate || p > 0;
+    if (p > 0) onto = {c, c_row};
     for (int64_t j0 = 0; j0 < n; j0 += kBlockN) {
       const int64_t width = smaller(kBlockN, n - j0);
       if (pack_b) {
@@ -169,18 +189,22 @@ void gemm(int64_t m, int64_t n, int64_t k, Matrix<TA> a, Matrix<TB> b, Wide<TA>*
           const W* b_panel = pack_b ? b_panels + j * depth : reinterpret_cast<const W*>(b.data) + p * b.row + j0 + j;
           const int64_t b_k = pack_b ? kColumns : b.row;
           W* out = c + i0 * c_row + j0 + j;
+          Onto<W> add = onto;
+          add.advance(i0, j0 + j);
           const int64_t columns = smaller(kColumns, width - j);
           const int rest = static_cast<int>(columns % V::N);
           if (columns == kColumns) {
-            multiply_panel<V, 2>(height, depth, a_block, a_row, a_k, a_step, b_panel, b_k, out, c_row, Full{}, add);
+            multiply_panel<V, 2>(height, depth, a_block, a_row, a_k, a_step, b_panel, b_k, out, c_row, Full{}, add,
+                                 ahead);
           } else if (columns == V::N) {
-            multiply_panel<V, 1>(height, depth, a_block, a_row, a_k, a_step, b_panel, b_k, out, c_row, Full{}, add);
+            multiply_panel<V, 1>(height, depth, a_block, a_row, a_k, a_step, b_panel, b_k, out, c_row, Full{}, add,
+                                 ahead);
           } else if (columns < V::N) {
             multiply_panel<V, 1>(height, depth, a_block, a_row, a_k, a_step, b_panel, b_k, out, c_row, Lanes{rest},
-                                 add);
+                                 add, ahead);
           } else {
             multiply_panel<V, 2>(height, depth, a_block, a_row, a_k, a_step, b_panel, b_k, out, c_row, Lanes{rest},
-                                 add);
+                                 add, ahead);
           }
         }
       }
@@ -190,7 +214,7 @@ void gemm(int64_t m, int64_t n, int64_t k, Matrix<TA> a, Matrix<TB> b, Wide<TA>*
 
 #define STAR_GEMM(TA, TB)                                                                                 \
   template void gemm<TA, TB>(int64_t, int64_t, int64_t, Matrix<TA>, Matrix<TB>, Wide<TA>*, int64_t c_row, \
-                             bool accumulate);
+                             Onto<Wide<TA>>, Lookahead*);
 STAR_GEMM(float, float)
 STAR_GEMM(bf16, bf16)
 STAR_GEMM(float, bf16)

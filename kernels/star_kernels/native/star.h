@@ -74,6 +74,7 @@
 
 #include "error.h"
 #include "gemm.h"
+#include "lookahead.h"
 #include "math.h"
 #include "operator.h"
 #include "parallel.h"

@@ -101,36 +101,6 @@ template <class W> inline W* kept_state(W* kept, const Sequence& sequence, int64
   return kept + ((sequence.first_slot + c - 1) * heads + head) * elements;
 }
 
-// The tiles that will be needed next, asked for a few cache lines at a time between matrix products: rows of one head are
-// 2 KB apart where there are 8 heads of 64, which the processor does not foresee.
-class Ahead {
- public:
-  void add(const void* first, int64_t stride, int64_t bytes, int64_t rows) {
-    if (count_ < kMost && rows > 0 && bytes > 0) parts_[count_++] = {static_cast<const char*>(first), stride, bytes, rows};
-  }
-  // Ask for the next 64 rows: with that the forward of gated linear attention takes 7.0 ms instead of 8.0 (T 2048, 8
-  // heads of 64 x 64), with 16 nearly as long as without.
-  void touch() {
-    for (int rows = 40; rows > 0 && current_ < count_; --rows) {
-      const Part& part = parts_[current_];
-      const char* row = part.first + row_ * part.stride;
-      for (int64_t at = 0; at < part.bytes; at += 64) __builtin_prefetch(row + at, 0, 2);
-      __builtin_prefetch(row + part.bytes - 1, 0, 2);
-      if (++row_ == part.rows) ++current_, row_ = 0;
-    }
-  }
-
- private:
-  static constexpr int kMost = 6;
-  struct Part {
-    const char* first;
-    int64_t stride, bytes, rows;
-  };
-  Part parts_[kMost];
-  int count_ = 0, current_ = 0;
-  int64_t row_ = 0;
-};
-
 // Whether tiles are read from and written to a tensor of this dtype directly; others are cast as a whole.
 template <class W> inline bool is_direct(DType dtype) {
   return dtype == dtype_of<W>() || (sizeof(W) == 4 && dtype == DType::kBFloat16);
@@ -178,11 +148,18 @@ template <class W> class Source {
   bool defined() const { return tensor_.defined(); }
   int64_t width() const { return width_; }
 
-  void add_to(Ahead& ahead, int64_t batch, int64_t t, int64_t rows, int64_t head) const {
+  void add_to(Lookahead& ahead, int64_t batch, int64_t t, int64_t rows, int64_t head) const {
     const int64_t size = tensor_.element_size();
     const auto* data = static_cast<const char*>(tensor_.raw());
     ahead.add(data + (batch * batch_ + t * time_ + head * head_) * size, time_ * size, width_ * size, rows);
   }
+
+  // Tokens t, t + 1, ... of a head where they lie, `row()` elements apart; null where they are of another dtype.
+  const W* in_place(int64_t batch, int64_t t, int64_t head) const {
+    if (tensor_.dtype() != dtype_of<W>()) return nullptr;
+    return tensor_.template data<W>() + batch * batch_ + t * time_ + head * head_;
+  }
+  int64_t row() const { return time_; }
 
   // Tokens t .. t + rows - 1 of a head, times one factor or one each, into a tile whose rows are `row` apart: zeros
   // from the width to `row`, and in the rows up to `padded_rows`. Returns whether all of it is finite.
@@ -205,7 +182,8 @@ template <class W> class Source {
 
 // Have a chunk's tiles of some inputs, where they are given, asked for.
 template <class W>
-inline void look_ahead(const Chunk& chunk, int64_t head, std::initializer_list<const Source<W>*> inputs, Ahead& ahead) {
+inline void look_ahead(const Chunk& chunk, int64_t head, std::initializer_list<const Source<W>*> inputs,
+                       Lookahead& ahead) {
   for (const Source<W>* one : inputs) {
     if (one->defined()) one->add_to(ahead, chunk.batch, chunk.begin, chunk.length, head);
   }
@@ -254,6 +232,19 @@ template <class W> class Sink {
     store_rows(tensor_.template mutable_data<W>() + offset, rows, tile, row, factor);
   }
 
+  // The same of an output.
+  W* in_place(int64_t batch, int64_t t, int64_t head) {
+    if (tensor_.dtype() != dtype_of<W>()) return nullptr;
+    return tensor_.template mutable_data<W>() + ((batch * time_ + t) * heads_ + head) * width_;
+  }
+  int64_t row() const { return heads_ * width_; }
+
+  void add_to(Lookahead& ahead, int64_t batch, int64_t t, int64_t rows, int64_t head) const {
+    const int64_t size = tensor_.element_size();
+    const auto* data = static_cast<const char*>(tensor_.raw());
+    ahead.add(data + ((batch * time_ + t) * heads_ + head) * width_ * size, row() * size, width_ * size, rows);
+  }
+
   Tensor finish() { return cast(tensor_, dtype_); }
 
  private:
@@ -270,6 +261,15 @@ template <class W> class Sink {
   Tensor tensor_;
   int64_t time_ = 0, heads_ = 0, width_ = 0;
 };
+
+// The same of the rows that some outputs will take. Only with up to 8 lanes, where it was measured (Zen 3, half the
+// second-level cache of a Zen 4).
+template <class W>
+inline void look_ahead(const Chunk& chunk, int64_t head, std::initializer_list<const Sink<W>*> outputs,
+                       Lookahead& ahead) {
+  if (Vec<W>::N > 8) return;
+  for (const Sink<W>* one : outputs) one->add_to(ahead, chunk.batch, chunk.begin, chunk.length, head);
+}
 
 // A parameter of one number a head; null if it was not given.
 template <class W> class Parameter {
@@ -406,15 +406,25 @@ template <class W, class F> inline void each_lower(int64_t n, F&& body) {
   }
 }
 
-// c (m x n) = or += a b for b with adjacent columns, 16 rows of it at a time, with a look ahead after each.
+// c (m x n) = a b, added to `onto`, for b with adjacent columns, with a look ahead. With up to 8 lanes it goes on between
+// register tiles: in bursts after every 16 rows of c, ssd took 2 to 3 % longer on a Zen 3 (T 2048, 8 heads of 64 x 64).
+// With more lanes, 40 rows of it follow each 16 rows of c: with that the forward of gated linear attention took 7.0 ms
+// instead of 8.0 on a Zen 4 (the same sizes), with 16 rows nearly as long as without.
 template <class W>
 inline void product(int64_t m, int64_t n, int64_t k, Matrix<W> a, const W* b, int64_t b_row, W* c, int64_t c_row,
-                    bool accumulate, Ahead& ahead) {
-  for (int64_t i = 0; i < m; i += kBlock) {
+                    Onto<W> onto, Lookahead& ahead) {
+  if (Vec<W>::N <= 8) return gemm<W, W>(m, n, k, a, {b, b_row, 1}, c, c_row, onto, &ahead);
+  for (int64_t i = 0; i < m; i += kBlock, onto.advance(kBlock)) {
     gemm<W, W>(smaller(kBlock, m - i), n, k, {a.data + i * a.row, a.row, a.column}, {b, b_row, 1}, c + i * c_row, c_row,
-               accumulate);
-    ahead.touch();
+               onto);
+    ahead.touch_rows(40);
   }
+}
+
+template <class W>
+inline void product(int64_t m, int64_t n, int64_t k, Matrix<W> a, const W* b, int64_t b_row, W* c, int64_t c_row,
+                    bool accumulate, Lookahead& ahead) {
+  product<W>(m, n, k, a, b, b_row, c, c_row, accumulate ? Onto<W>{c, c_row} : Onto<W>{}, ahead);
 }
 
 // c (n x n, lower triangle in blocks of 16, rows kChunk apart) = a (n x k, rows a_row apart) b (k x n).
@@ -426,27 +436,29 @@ inline void lower_product(int64_t n, int64_t k, const W* a, int64_t a_row, const
   }
 }
 
-// c (n x width) = or += L b for the lower triangle L (n x n, rows kChunk apart, 0 above the diagonal). Unless b is
-// `finite`, row by row, so that no row of b is multiplied by what lies above the diagonal; the sums are the same.
+// c (n x width) = or += L b for the lower triangle L (n x n, rows kChunk apart, 0 above the diagonal); with `factors`,
+// each row of c is multiplied by its own before. Unless b is `finite`, row by row, so that no row of b is multiplied by
+// what lies above the diagonal; the sums are the same.
 template <class W>
 inline void multiply_lower(int64_t n, int64_t width, const W* lower, const W* b, int64_t b_row, W* c, int64_t c_row,
-                           bool accumulate, bool finite) {
+                           bool accumulate, bool finite, const W* factors = nullptr) {
   const int64_t step = finite ? kBlock : 1;
-  for (int64_t i = 0; i < n; i += step) {
+  Onto<W> onto = accumulate ? Onto<W>{c, c_row, factors, 1} : Onto<W>{};
+  for (int64_t i = 0; i < n; i += step, onto.advance(step)) {
     const int64_t rows = smaller(step, n - i);
-    gemm<W, W>(rows, width, i + rows, {lower + i * kChunk, kChunk, 1}, {b, b_row, 1}, c + i * c_row, c_row,
-               accumulate);
+    gemm<W, W>(rows, width, i + rows, {lower + i * kChunk, kChunk, 1}, {b, b_row, 1}, c + i * c_row, c_row, onto);
   }
 }
 
-// c (n x width) = or += L^T b.
+// c (n x width) = or += L^T b, the same way.
 template <class W>
 inline void multiply_lower_transposed(int64_t n, int64_t width, const W* lower, const W* b, int64_t b_row, W* c,
-                                      int64_t c_row, bool accumulate, bool finite) {
+                                      int64_t c_row, bool accumulate, bool finite, const W* factors = nullptr) {
   const int64_t step = finite ? kBlock : 1;
-  for (int64_t j = 0; j < n; j += step) {
+  Onto<W> onto = accumulate ? Onto<W>{c, c_row, factors, 1} : Onto<W>{};
+  for (int64_t j = 0; j < n; j += step, onto.advance(step)) {
     gemm<W, W>(smaller(step, n - j), width, n - j, {lower + j * kChunk + j, 1, kChunk}, {b + j * b_row, b_row, 1},
-               c + j * c_row, c_row, accumulate);
+               c + j * c_row, c_row, onto);
   }
 }
 

@@ -102,7 +102,7 @@ template <class W> struct DeltaRule : Memory<W> {
   };
 
   // Load a chunk that starts from `memory` (null where it is zero), its scores, and solve for what it writes.
-  Finite write(const Chunk& chunk, int64_t head, const W* memory, Ahead& ahead, Tiles<W>& tile) const {
+  Finite write(const Chunk& chunk, int64_t head, const W* memory, Lookahead& ahead, Tiles<W>& tile) const {
     const int64_t n = chunk.length, b = chunk.batch, t = chunk.begin, depth = this->keys;
     Finite finite;
     tile.keys = tile.queries + n * row_k;
@@ -140,7 +140,7 @@ template <class W> struct DeltaRule : Memory<W> {
   }
 
   // Carry the memory, which is zero where it is `blank`, to the chunk's end.
-  void advance(int64_t n, Tiles<W>& tile, bool blank, W* memory, Ahead& ahead) const {
+  void advance(int64_t n, Tiles<W>& tile, bool blank, W* memory, Lookahead& ahead) const {
     scale_rows(n, row_v, tile.until, tile.written, tile.scaled);
     if (!blank) chunked::scale(elements(), tile.since[n - 1], memory);
     product<W>(this->keys, row_v, n, {tile.turned, kChunk, 1}, tile.scaled, row_v, memory, row_v, !blank, ahead);
@@ -156,7 +156,7 @@ template <class W> struct DeltaRule : Memory<W> {
     for (int64_t c = 0; c < sequence.chunks(); ++c) {
       const Chunk& chunk = sequences.chunk(sequence.first_chunk + c);
       const int64_t n = chunk.length;
-      Ahead ahead;
+      Lookahead ahead;
       if (c + 1 < sequence.chunks()) {
         look_ahead<W>(sequences.chunk(sequence.first_chunk + c + 1), head, {&q, &k, &v}, ahead);
       }
@@ -186,7 +186,7 @@ template <class W> struct DeltaRule : Memory<W> {
     W *first = scratch.get<W>(elements()), *pull = scratch.get<W>(elements());
     this->begin(dfinal, s, head, pull);  // the gradient of the memory at the chunk's end
     for (int64_t c = sequence.chunks() - 1; c >= 0; --c) {
-      Ahead ahead;
+      Lookahead ahead;
       if (c > 0) look_ahead<W>(sequences.chunk(sequence.first_chunk + c - 1), head, {&q, &k, &v, &dout}, ahead);
       const bool blank = c + 1 == sequence.chunks() && dfinal == nullptr;  // no gradient has come yet
       backward_chunk(sequences.chunk(sequence.first_chunk + c), head, dout, this->start(kept, s, c, head, first), blank,
@@ -197,7 +197,7 @@ template <class W> struct DeltaRule : Memory<W> {
 
   // `start` is null where the memory is zero, and `pull` is it where `blank`.
   void backward_chunk(const Chunk& chunk, int64_t head, const Source<W>& dout, const W* start, bool blank, W* pull,
-                      Ahead& ahead, Tiles<W>& tile, Gradients& to) const {
+                      Lookahead& ahead, Tiles<W>& tile, Gradients& to) const {
     const int64_t n = chunk.length, b = chunk.batch, t = chunk.begin, depth = this->keys;
     const int64_t tile_v = kChunk * row_v, square = kChunk * kChunk;
     Scratch scratch;

@@ -171,7 +171,7 @@ template <class W> struct Gla : Memory<W> {
       const bool finite = load(chunk, head, rows, tile);
       tile.template accumulate_decays<false>(rows / kBlock);
       tile.score(rows / kBlock, keys);
-      Ahead ahead;
+      Lookahead ahead;
       if (c + 1 < sequence.chunks()) {
         look_ahead<W>(sequences.chunk(sequence.first_chunk + c + 1), head, {&q, &k, &logs, &v}, ahead);
       }
@@ -200,7 +200,7 @@ template <class W> struct Gla : Memory<W> {
     W *first = scratch.get<W>(elements()), *pull = scratch.get<W>(elements());
     this->begin(dfinal, s, head, pull);  // the gradient of the memory at the chunk's end
     for (int64_t c = sequence.chunks() - 1; c >= 0; --c) {
-      Ahead ahead;
+      Lookahead ahead;
       if (c > 0) look_ahead<W>(sequences.chunk(sequence.first_chunk + c - 1), head, {&q, &k, &logs, &v, &dout}, ahead);
       const bool blank = c + 1 == sequence.chunks() && dfinal == nullptr;  // no gradient has come yet
       backward_chunk(sequences.chunk(sequence.first_chunk + c), head, dout, this->start(kept, s, c, head, first), blank,
@@ -211,7 +211,7 @@ template <class W> struct Gla : Memory<W> {
 
   // `start` is null where the memory is zero, and `pull` is it where `blank`.
   void backward_chunk(const Chunk& chunk, int64_t head, const Source<W>& dout, const W* start, bool blank, W* pull,
-                      Ahead& ahead, Tiles<W>& tile, Gradients& to) const {
+                      Lookahead& ahead, Tiles<W>& tile, Gradients& to) const {
     const int64_t n = chunk.length, b = chunk.batch, t = chunk.begin, rows = padded(n), blocks = rows / kBlock;
     const int64_t tile_k = kChunk * row_k;
     Scratch scratch;

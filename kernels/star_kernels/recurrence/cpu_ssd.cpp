@@ -27,17 +27,26 @@ void check(const Tensor& x, const Tensor& dt, const Tensor& a, const Tensor& b, 
   }
 }
 
-// y = (y + skip x) silu(gate), over a padded run.
+// Rows of whole vectors, in a tile or where a tensor has them.
+template <class W> struct Rows {
+  W* data;
+  int64_t row;
+};
+
+// out = (y + skip x) silu(gate) by rows of `width`; x's and y's are adjacent.
 template <class W>
-void finish_rows(int64_t count, bool has_skip, W skip, const W* x, const W* gate, W* y) {
+void finish_rows(int64_t rows, int64_t width, bool has_skip, W skip, const W* x, Rows<const W> gate, const W* y,
+                 Rows<W> out) {
   using V = Vec<W>;
-  if (!has_skip && gate == nullptr) return;
-  each_vector<W>(count, [=](int64_t i) {
-    V out = V::load(y + i);
-    if (has_skip) out = fma(V(skip), V::load(x + i), out);
-    if (gate != nullptr) out = out * silu(V::load(gate + i));
-    out.store(y + i);
-  });
+  if (!has_skip && gate.data == nullptr && out.data == y) return;
+  for (int64_t i = 0; i < rows; ++i, x += width, y += width, gate.data += gate.row, out.data += out.row) {
+    each_vector<W>(width, [&](int64_t j) {
+      V value = V::load(y + j);
+      if (has_skip) value = fma(V(skip), V::load(x + j), value);
+      if (gate.data != nullptr) value = value * silu(V::load(gate.data + j));
+      value.store(out.data + j);
+    });
+  }
 }
 
 // sum_i += f_i x_i by rows, and products_i = f_i x_i . other_i.
@@ -124,26 +133,45 @@ template <class W> struct Ssd {
     lower_product(n, size, out_tile, row_n, turned, kChunk, triangle);
   }
 
-  // The chunk's upstream gradient before the gate: dy silu(z). Returns whether it is finite. Where `plain` is given, it
-  // gets dy, and `gate_tile` and `squashed` get z and its sigmoid.
-  bool load_upstream(const Source<W>& dy, const Chunk& chunk, int64_t head, W* tile, W* gate_tile, W* plain = nullptr,
-                     W* squashed = nullptr) const {
-    const int64_t n = chunk.length, count = n * row_p;
-    bool finite = true;
-    if (dy.defined()) {
-      finite = dy.load(chunk.batch, chunk.begin, n, head, tile, row_p);
-    } else {
-      zero(count, tile);
+  // A chunk's tokens of x, z or y's gradient: where they lie, or in a tile.
+  Rows<const W> rows_of(const Source<W>& source, const Chunk& chunk, int64_t head, W* tile) const {
+    const W* place = width == row_p ? source.in_place(chunk.batch, chunk.begin, head) : nullptr;
+    if (place != nullptr) return {place, source.row()};
+    source.load(chunk.batch, chunk.begin, chunk.length, head, tile, row_p);
+    return {tile, row_p};
+  }
+  // Where a chunk's rows of an output go: into the tensor, or into a tile that `store` takes.
+  Rows<W> place_of(Sink<W>& sink, const Chunk& chunk, int64_t head, W* tile) const {
+    W* place = width == row_p ? sink.in_place(chunk.batch, chunk.begin, head) : nullptr;
+    return place != nullptr ? Rows<W>{place, sink.row()} : Rows<W>{tile, row_p};
+  }
+  void store(Sink<W>& sink, const Chunk& chunk, int64_t head, const W* tile, Rows<W> place) const {
+    if (place.data == tile) sink.store(chunk.batch, chunk.begin, chunk.length, head, tile, row_p);
+  }
+
+  // The chunk's upstream gradient before the gate: dy silu(z), times one of `factors` a token if they are given.
+  // Returns whether it is finite. With a gate, `slope` gets dy silu'(z), or is memory of that size without `kSlope`.
+  template <bool kSlope>
+  bool load_upstream(const Source<W>& dy, const Chunk& chunk, int64_t head, const W* factors, W* tile, W* slope) const {
+    const int64_t n = chunk.length;
+    if (!dy.defined()) {
+      zero(n * row_p, tile);
+      if (gate.defined()) zero(n * row_p, slope);
+      return true;
     }
-    if (!gate.defined()) return finite;
-    gate.load(chunk.batch, chunk.begin, n, head, gate_tile, row_p);
+    if (!gate.defined()) return dy.load(chunk.batch, chunk.begin, n, head, tile, row_p, 0, 1, factors);
+    Rows<const W> upstream = rows_of(dy, chunk, head, tile), z_rows = rows_of(gate, chunk, head, slope);
     FiniteCheck<V> check;
-    each_vector<W>(count, [&](int64_t i) {
-      const V z = V::load(gate_tile + i), s = sigmoid(z), upstream = V::load(tile + i), value = upstream * z * s;
-      value.store(tile + i);
-      check.see(value);
-      if (plain != nullptr) upstream.store(plain + i), s.store(squashed + i);
-    });
+    for (int64_t i = 0; i < n; ++i, upstream.data += upstream.row, z_rows.data += z_rows.row) {
+      const V factor(factors != nullptr ? factors[i] : W(1));
+      each_vector<W>(row_p, [&](int64_t j) {
+        const V z = V::load(z_rows.data + j), s = sigmoid(z), own = V::load(upstream.data + j) * s;
+        const V value = own * z * factor;
+        value.store(tile + i * row_p + j);
+        check.see(value);
+        if constexpr (kSlope) (own * fma(z, V(1) - s, V(1))).store(slope + i * row_p + j);
+      });
+    }
     return check.holds();
   }
 
@@ -187,21 +215,23 @@ template <class W> struct Ssd {
   void forward_head(int64_t s, int64_t head, const W* table, W* final_states, W* kept, Sink<W>& y) const {
     const Sequence& sequence = sequences[s];
     const int64_t group = head / heads_a_group();
+    const int64_t count = state_elements();
     Scratch scratch;
-    W* state = scratch.get<W>(state_elements());
+    W* last = scratch.get<W>(count);
     W *x_tile = scratch.get<W>(kChunk * row_p), *value = scratch.get<W>(kChunk * row_p);
     W *y_tile = scratch.get<W>(kChunk * row_p), *in_tile = scratch.get<W>(kChunk * row_n);
     W *out_tile = scratch.get<W>(kChunk * row_n), *turned = scratch.get<W>(kChunk * row_n);
     W *triangle = scratch.get<W>(kChunk * kChunk), *scores = scratch.get<W>(kChunk * kChunk);
     Steps& own = *scratch.get<Steps>(1);
-    begin(initial_states(), s, head, state);
+    begin(initial_states(), s, head, last);
+    W* state = last;
     for (int64_t c = 0; c < sequence.chunks(); ++c) {
       const Chunk& chunk = sequences.chunk(sequence.first_chunk + c);
       const int64_t n = chunk.length, b = chunk.batch, t = chunk.begin;
       const bool blank = c == 0 && !initial;  // nothing has been written to the state
-      if (kept != nullptr && c > 0) {
-        copy(state_elements(), state, kept_state(kept, sequence, c, heads, head, state_elements()));
-      }
+      // The next state is formed where it is kept.
+      W* next = kept != nullptr && c + 1 < sequence.chunks() ? kept_state(kept, sequence, c + 1, heads, head, count)
+                                                             : last;
       steps(chunk, head, true, own);
       const W* shared = triangle;
       if (table != nullptr) {
@@ -211,30 +241,53 @@ template <class W> struct Ssd {
         outward.load(b, t, n, group, out_tile, row_n);
         products(n, out_tile, in_tile, turned, triangle);
       }
+      const Matrix<W> out = tile_of(outward, chunk, group, out_tile), in = tile_of(inward, chunk, group, in_tile);
       each_lower<W>(n, [&](int64_t at, auto keep) {
         keep(V::load(shared + at) * V::load(own.between + at)).store(scores + at);
       });
       x.load(b, t, n, head, x_tile, row_p);
       const bool finite = scale_rows(n, row_p, own.step, x_tile, value);
-      if (!blank) outward.load(b, t, n, group, out_tile, row_n, 0, 1, own.since);
-      inward.load(b, t, n, group, in_tile, row_n, 0, 1, own.until);
 
-      Ahead ahead;
+      Lookahead ahead;
       if (c + 1 < sequence.chunks()) {
-        look_ahead<W>(sequences.chunk(sequence.first_chunk + c + 1), head, {&x, &gate}, ahead);
+        const Chunk& after = sequences.chunk(sequence.first_chunk + c + 1);
+        look_ahead<W>(after, head, {&x, &gate}, ahead);
+        look_ahead<W>(after, group, {&inward, &outward}, ahead);
+        if (kept != nullptr && c + 2 < sequence.chunks()) {
+          ahead.add(kept_state(kept, sequence, c + 2, heads, head, count), row_p * sizeof(W), row_p * sizeof(W), row_n);
+        }
+        look_ahead<W>(after, head, {&y}, ahead);
       }
       if (!blank) {
-        product<W>(n, row_p, size, {out_tile, row_n, 1}, state, row_p, y_tile, row_p, false, ahead);
-        scale(size * row_p, own.since[n - 1], state);
+        product<W>(n, row_p, size, out, state, row_p, y_tile, row_p, false, ahead);
       }
-      multiply_lower(n, row_p, scores, value, row_p, y_tile, row_p, !blank, finite);
-      product<W>(size, row_p, n, {in_tile, 1, row_n}, value, row_p, state, row_p, !blank, ahead);
+      multiply_lower(n, row_p, scores, value, row_p, y_tile, row_p, !blank, finite, own.since);
+      scale_rows(n, row_p, own.until, value, value);
+      renew(in, value, n, blank ? nullptr : state, own.since[n - 1], next, ahead);
+      state = next;
 
-      if (gate.defined()) gate.load(b, t, n, head, value, row_p);
-      finish_rows(n * row_p, skip.defined(), skip[head], x_tile, gate.defined() ? value : nullptr, y_tile);
-      y.store(b, t, n, head, y_tile, row_p);
+      const Rows<W> place = place_of(y, chunk, head, y_tile);
+      const Rows<const W> z = gate.defined() ? rows_of(gate, chunk, head, value) : Rows<const W>{nullptr, 0};
+      finish_rows(n, row_p, skip.defined(), skip[head], x_tile, z, y_tile, place);
+      store(y, chunk, head, y_tile, place);
     }
     end(state, s, head, final_states);
+  }
+
+  // A chunk's tokens of B or C: where they lie, or in a tile.
+  Matrix<W> tile_of(const Source<W>& source, const Chunk& chunk, int64_t group, W* tile) const {
+    const W* place = source.row() == size ? source.in_place(chunk.batch, chunk.begin, group) : nullptr;
+    if (place != nullptr) return {place, size, 1};
+    source.load(chunk.batch, chunk.begin, chunk.length, group, tile, row_n);
+    return {tile, row_n, 1};
+  }
+
+  // new_state = decay state + keys^T values over the n tokens of a chunk; a null state is zero.
+  void renew(Matrix<W> keys, const W* values, int64_t n, const W* state, W decay, W* new_state,
+             Lookahead& ahead) const {
+    product<W>(size, row_p, n, {keys.data, 1, keys.row}, values, row_p, new_state, row_p,
+               Onto<W>{state, row_p, &decay, 0}, ahead);
+    zero((row_n - size) * row_p, new_state + size * row_p);
   }
 
   struct Gradients {
@@ -284,32 +337,38 @@ template <class W> struct Ssd {
     const Sequence& sequence = sequences[s];
     const int64_t group = head / heads_a_group(), count = state_elements();
     Scratch scratch;
-    W *pull = scratch.get<W>(count), *tile = scratch.get<W>(kChunk * row_p);
-    W *gate_tile = scratch.get<W>(kChunk * row_p), *out_tile = scratch.get<W>(kChunk * row_n);
+    W *first = scratch.get<W>(count), *tile = scratch.get<W>(kChunk * row_p);
+    W *slope = scratch.get<W>(kChunk * row_p), *out_tile = scratch.get<W>(kChunk * row_n);
     Steps& own = *scratch.get<Steps>(1);
     bool blank = to == sequence.chunks() && dfinal == nullptr;  // no gradient has come yet
+    const auto slot = [&](int64_t c) {
+      return pulls + ((sequence.first_chunk + c - first_chunk) * heads + head) * count;
+    };
     if (to < sequence.chunks()) {
-      copy(count, carry + head * count, pull);
-    } else {
-      begin(dfinal, s, head, pull);
+      copy(count, carry + head * count, slot(to - 1));
+    } else if (!blank || to == 0) {
+      begin(dfinal, s, head, to > 0 ? slot(to - 1) : first);
     }
     for (int64_t c = to - 1; c >= from; --c) {
       const Chunk& chunk = sequences.chunk(sequence.first_chunk + c);
-      if (!blank) copy(count, pull, pulls + ((sequence.first_chunk + c - first_chunk) * heads + head) * count);
       if (c == 0 && dinitial == nullptr) break;
       steps(chunk, head, false, own);
-      load_upstream(dy, chunk, head, tile, gate_tile);
-      outward.load(chunk.batch, chunk.begin, chunk.length, group, out_tile, row_n, 0, 1, own.since);
-      if (!blank) scale(count, own.since[chunk.length - 1], pull);
-      Ahead ahead;
-      if (c > 0) look_ahead<W>(sequences.chunk(sequence.first_chunk + c - 1), head, {&dy, &gate}, ahead);
-      product<W>(size, row_p, chunk.length, {out_tile, 1, row_n}, tile, row_p, pull, row_p, !blank, ahead);
+      load_upstream<false>(dy, chunk, head, own.since, tile, slope);
+      const Matrix<W> out = tile_of(outward, chunk, group, out_tile);
+      Lookahead ahead;
+      if (c > 0) {
+        const Chunk& after = sequences.chunk(sequence.first_chunk + c - 1);
+        look_ahead<W>(after, head, {&dy, &gate}, ahead);
+        look_ahead<W>(after, group, {&outward}, ahead);
+      }
+      W* before = c > from ? slot(c - 1) : first;
+      renew(out, tile, chunk.length, blank ? nullptr : slot(c), own.since[chunk.length - 1], before, ahead);
       blank = false;
     }
     if (from > 0) {
-      copy(count, pull, carry + head * count);
+      copy(count, first, carry + head * count);
     } else if (dinitial != nullptr) {
-      end(pull, s, head, dinitial);
+      end(first, s, head, dinitial);
     }
   }
 
@@ -317,12 +376,12 @@ template <class W> struct Ssd {
   struct Tiles {
     Tiles(Scratch& scratch, int64_t row_p, int64_t row_n) {
       for (W** one : {&in, &out, &turned, &din, &dout, &carried}) *one = scratch.get<W>(kChunk * row_n);
-      for (W** one : {&x, &value, &dy, &gate, &squashed, &scaled, &dvalue}) *one = scratch.get<W>(kChunk * row_p);
+      for (W** one : {&x, &value, &dy, &slope, &gated, &dvalue}) *one = scratch.get<W>(kChunk * row_p);
       for (W** one : {&products, &scores, &dscores, &m, &dproducts}) *one = scratch.get<W>(kChunk * kChunk);
       steps = scratch.get<Steps>(1);
     }
     W *in, *out, *turned, *din, *dout, *carried;
-    W *x, *value, *dy, *gate, *squashed, *scaled, *dvalue;
+    W *x, *value, *dy, *slope, *gated, *dvalue;
     W *products, *scores, *dscores, *m, *dproducts;
     Steps* steps;
   };
@@ -370,7 +429,7 @@ template <class W> struct Ssd {
     steps(chunk, head, true, own);
     x.load(b, t, n, head, tile.x, row_p);
     const bool finite_value = scale_rows(n, row_p, own.step, tile.x, tile.value);
-    const bool finite_dy = load_upstream(dy, chunk, head, tile.dy, tile.gate, tile.dvalue, tile.squashed);
+    const bool finite_dy = load_upstream<true>(dy, chunk, head, nullptr, tile.dy, tile.slope);
 
     // The gradient of the scores is dy V^T; from it that of C B^T, and the terms of the log decays.
     transpose_tile(n, row_p, tile.value, row_p, turned_value, kChunk, padded(n));
@@ -382,18 +441,22 @@ template <class W> struct Ssd {
       keep(dproduct * product).store(tile.m + at);
       keep(product * between).store(tile.scores + at);
     });
-    Ahead ahead;
-    if (head + 1 < heads) look_ahead<W>(chunk, head + 1, {&x, &dy, &gate}, ahead);
+    Lookahead ahead;
+    if (head + 1 < heads) {
+      look_ahead<W>(chunk, head + 1, {&x, &dy, &gate}, ahead);
+      look_ahead<W>(chunk, head + 1, {&to.x, &to.gate}, ahead);
+    }
     if (gate.defined()) {
-      backward_gate(n, head, start, finite_value, ahead, tile);
-      to.gate.store(b, t, n, head, tile.scaled, row_p);
+      const Rows<W> place = place_of(to.gate, chunk, head, tile.gated);
+      backward_gate(n, head, start, finite_value, ahead, tile, place);
+      store(to.gate, chunk, head, tile.gated, place);
     }
 
     if (pull != nullptr) {
       product<W>(n, row_p, size, {tile.in, row_n, 1}, pull, row_p, tile.dvalue, row_p, false, ahead);
-      scale_rows(n, row_p, own.until, tile.dvalue, tile.dvalue);
     }
-    multiply_lower_transposed(n, row_p, tile.scores, tile.dy, row_p, tile.dvalue, row_p, pull != nullptr, finite_dy);
+    multiply_lower_transposed(n, row_p, tile.scores, tile.dy, row_p, tile.dvalue, row_p, pull != nullptr, finite_dy,
+                              own.until);
 
     W from_start[kChunk] = {}, to_end[kChunk] = {}, dlog[kChunk], through = 0;
     if (start != nullptr) {
@@ -412,6 +475,7 @@ template <class W> struct Ssd {
     V dskip(0);
     const V skipped(skip[head]);
     const bool has_skip = skip.defined();
+    const Rows<W> place = place_of(to.x, chunk, head, tile.dvalue);
     for (int64_t i = 0; i < n; ++i) {
       const V step(own.step[i]);
       V product(0);
@@ -419,7 +483,7 @@ template <class W> struct Ssd {
         const V value = V::load(tile.dvalue + i * row_p + j), input = V::load(tile.x + i * row_p + j);
         const V upstream = V::load(tile.dy + i * row_p + j);
         product = fma(value, input, product), dskip = fma(upstream, input, dskip);
-        (has_skip ? fma(skipped, upstream, step * value) : step * value).store(tile.dvalue + i * row_p + j);
+        (has_skip ? fma(skipped, upstream, step * value) : step * value).store(place.data + i * place.row + j);
       });
       const W ddt = (reduce_add(product) + rate[head] * dlog[i]) * own.slope[i];
       drate += own.step[i] * dlog[i], dbias += ddt;
@@ -427,25 +491,27 @@ template <class W> struct Ssd {
     }
     W* partial = to.partial + number * 3 * heads + head;
     partial[0] = drate, partial[heads] = reduce_add(dskip), partial[2 * heads] = dbias;
-    to.x.store(b, t, n, head, tile.dvalue, row_p);
+    store(to.x, chunk, head, tile.dvalue, place);
   }
 
-  // The gradient of z into tile.scaled: dy silu'(z) times the output before the gate, which is computed again.
-  // tile.dvalue and tile.squashed hold dy and sigmoid(z).
-  void backward_gate(int64_t n, int64_t head, const W* start, bool finite_value, Ahead& ahead, Tiles& tile) const {
-    W* y = tile.scaled;
+  // The gradient of z: dy silu'(z), which is in tile.slope, times the output before the gate, which is computed again.
+  void backward_gate(int64_t n, int64_t head, const W* start, bool finite_value, Lookahead& ahead, Tiles& tile,
+                     Rows<W> out) const {
+    W* y = tile.gated;
     if (start != nullptr) {
       product<W>(n, row_p, size, {tile.out, row_n, 1}, start, row_p, y, row_p, false, ahead);
-      scale_rows(n, row_p, tile.steps->since, y, y);
     }
-    multiply_lower(n, row_p, tile.scores, tile.value, row_p, y, row_p, start != nullptr, finite_value);
+    multiply_lower(n, row_p, tile.scores, tile.value, row_p, y, row_p, start != nullptr, finite_value,
+                   tile.steps->since);
     const V skipped(skip[head]);
     const bool has_skip = skip.defined();
-    each_vector<W>(n * row_p, [=](int64_t i) {
-      const V z = V::load(tile.gate + i), s = V::load(tile.squashed + i), out = V::load(y + i);
-      const V full = has_skip ? fma(skipped, V::load(tile.x + i), out) : out;
-      (V::load(tile.dvalue + i) * full * s * fma(z, V(1) - s, V(1))).store(y + i);
-    });
+    for (int64_t i = 0; i < n; ++i, out.data += out.row) {
+      each_vector<W>(row_p, [&](int64_t j) {
+        const int64_t at = i * row_p + j;
+        const V value = V::load(y + at), full = has_skip ? fma(skipped, V::load(tile.x + at), value) : value;
+        (V::load(tile.slope + at) * full).store(out.data + j);
+      });
+    }
   }
 };
 
@@ -565,7 +631,8 @@ std::tuple<Tensor, Tensor> ssd_step(const Tensor& state_any, const Tensor& x_any
         const int64_t at = task * width * size;
         step_head(width, size, decays[0], driven, in_row, out_row, state_data + at, new_data + at, y_row);
         if (gate.defined()) gate.load(batch, 0, 1, head, driven, row_p);
-        finish_rows(row_p, skip.defined(), skip[head], x_row, gate.defined() ? driven : nullptr, y_row);
+        finish_rows<W>(1, row_p, skip.defined(), skip[head], x_row, {gate.defined() ? driven : nullptr, 0}, y_row,
+                       {y_row, row_p});
         out.store(batch, 0, 1, head, y_row, row_p);
       }
     });

@@ -15,7 +15,7 @@ from torch import Tensor
 import star_kernels
 from bench._validation import MeasurementError, resolve_device
 from bench.cases import Case, Inputs, build
-from bench.ceilings import Ceiling, best_exp_ceiling, best_matmul_ceiling, copy_ceiling
+from bench.ceilings import Ceiling, best_exp_ceiling, best_matmul_ceiling, copy_ceiling, product_rate
 from bench.disturbance import calmest
 from bench.hardware import machine
 from bench.peers import DENSE_PEERS, Peer
@@ -110,14 +110,22 @@ def measure_case(case: Case, mode: str, settings: Settings) -> Outcome:
             outputs = _as_tuple(public(**inputs.args, **inputs.options))
         call = _caller(case, inputs, grad, outputs)
         runs = {STAR: call(partial(public, **inputs.args, **inputs.options))}
+        work = work_of(case, mode, inputs, outputs)
+        products_s = work.flops / product_rate(case.dtype, device=device)
         for name, function in _rivals(case, mode, inputs):
             runs[name] = call(function)
         # Last, so that a package's kernel stands under its name rather than the torch code that it brings.
         for name in serving(case.operator, inputs.first):
             if name != backend:
                 runs[name] = call(partial(public, **inputs.args, **inputs.options, backend=name))
+        too_slow: list[Absent] = []
+        if products_s > settings.longest_s:
+            # Not even once: where the processor has no instructions for bfloat16, torch's products run at 1 GFLOP/s.
+            reason = f"torch's products would take {products_s:.0f} s, more than {settings.longest_s:.0f}"
+            too_slow = [Absent(case.operator, case.name, mode, name, reason) for name in runs if name != STAR]
+            runs = {STAR: runs[STAR]}
         seconds, absent = _check(case, mode, runs)
-        work = work_of(case, mode, inputs, outputs)
+        absent += too_slow
         timed, ceilings = _choose(runs, seconds, work, case, settings, absent, mode)
         (measured, percents), others = calmest(
             lambda: _time(timed, ceilings, work, settings), tries=settings.tries, at_most=settings.disturbed

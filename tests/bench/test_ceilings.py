@@ -30,7 +30,7 @@ def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ceilings, "_MATMUL_SIZES", {"cpu": (64, 128)})
     monkeypatch.setattr(ceilings, "_EXP_ELEMENTS", {"cpu": (1 << 12,)})
     monkeypatch.setattr(ceilings, "_FOOTPRINTS", (1 << 12, 1 << 16))
-    for cached in (ceilings._copy_rate, ceilings._best_matmul, ceilings._best_exp):
+    for cached in (ceilings._copy_rate, ceilings._best_matmul, ceilings._best_exp, ceilings._product_rate):
         cached.cache_clear()
 
 
@@ -51,17 +51,17 @@ def test_report_holds_every_ceiling() -> None:
 
 
 def test_each_is_measured_once_for_a_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    rates = iter(float(rate) for rate in range(1, 100))
+    rates = iter(1e9 * rate for rate in range(1, 100))
     monkeypatch.setattr(ceilings, "_rate", lambda ceiling, device: next(rates))
-    assert copy_bandwidth(4096) == copy_bandwidth(4096) == 1.0
-    assert copy_bandwidth(8192) == 2.0
-    assert matmul_throughput() == matmul_throughput(torch.float32) == 4.0  # the better of two sizes
-    assert fma_throughput() == 2.0
+    assert copy_bandwidth(4096) == copy_bandwidth(4096) == 1e9
+    assert copy_bandwidth(8192) == 2e9
+    assert matmul_throughput() == matmul_throughput(torch.float32) == 4e9  # the better of two sizes
+    assert fma_throughput() == 2e9
     assert best_matmul_ceiling().name == "matmul_float32_128"
-    assert exp_throughput() == 6.0  # the better of exp and exp2
+    assert exp_throughput() == 6e9  # the better of exp and exp2
     assert best_exp_ceiling().name == "exp2_4096"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1000)
-    assert copy_bandwidth(4096) == 7.0
+    assert copy_bandwidth(4096) == 7e9
 
 
 def test_work_is_counted_as_kernels_count_theirs() -> None:
@@ -136,3 +136,16 @@ def test_machine_without_cpuinfo_still_has_a_name(monkeypatch: pytest.MonkeyPatc
     got = machine()
     assert got["processor"]
     assert got["flags"] == []
+
+
+def test_a_slow_product_is_the_last_of_its_dtype_and_float32_may_be_the_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def rate(ceiling: Ceiling, device: torch.device) -> float:
+        tried.append(ceiling.name)
+        return 1e6 if "bfloat16" in ceiling.name else 1e9
+
+    monkeypatch.setattr(ceilings, "_rate", rate)
+    assert best_matmul_ceiling(torch.bfloat16).name == "matmul_float32_64"
+    assert tried == ["matmul_bfloat16_64", "matmul_float32_64", "matmul_float32_128"]
+    assert ceilings.product_rate(torch.bfloat16) == 1e6

@@ -146,6 +146,19 @@ def test_what_cannot_run_is_absent_with_its_reason(monkeypatch: pytest.MonkeyPat
         measure_case(cases("swiglu", "B2 T3 D8")[0], "fwd", QUICK)
 
 
+def test_rivals_whose_products_would_take_too_long_are_not_run_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(**arguments: Any) -> Tensor:
+        raise AssertionError("it ran")
+
+    with_peers(monkeypatch, "linear_cross_entropy", Peer("eager", never))
+    monkeypatch.setattr(suite, "product_rate", lambda dtype, device: 1.0)
+    outcome = measure_case(cases("linear_cross_entropy", "B2 T3 D8 V5")[0], "full", QUICK)
+    assert [row.provider for row in outcome.rows] == ["star"]
+    reasons = {one.provider: one.reason for one in outcome.absent}
+    assert "eager" in reasons
+    assert all("torch's products would take" in reason for reason in reasons.values())
+
+
 def test_a_slow_rival_gets_few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(gate: Tensor, up: Tensor) -> Tensor:
         for _ in range(400):

@@ -12,7 +12,7 @@ import os
 import pickle
 import socket
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from search.evaluation import Status
 from search.ray_task import CORPUS, Board, Delivery, Parcel, do_task, files_of, write_files
 from search.settings import Settings, SettingsError
 from search.store import write_json
-from search.workers import Care, Line, Progress, finished
+from search.workers import Care, Line, Progress, at_once, finished
 
 RETRIES = 2
 """How often Ray begins a task anew whose node or process was lost."""
@@ -106,13 +106,8 @@ class RayWorkers:
         return fitting
 
     def run(self, tasks: Iterable[Task | None], jobs: int, progress: Progress) -> Iterator[tuple[Task, Outcome]]:
-        """See `search.workers.Workers`; without `Settings.jobs`, all trainings of a sequence wait for the cluster
-        together, and an iterator is asked for as many as the cluster has room for."""
-        most = jobs
-        if not self._jobs and isinstance(tasks, Sequence):
-            most = jobs if any(task and task.stage == "measure" for task in tasks) else len(tasks)
-        elif not self._jobs:
-            most = max(1, sum(map(self._room, self._nodes.values())))
+        """See `search.workers.Workers`; without `Settings.jobs`, as many at once as `search.workers.at_once` says."""
+        most = jobs if self._jobs else at_once(tasks, jobs, sum(map(self._room, self._nodes.values())))
         line = Line(tasks)
         while not line.over or self._running:
             while len(self._running) < most and (task := line.next()) is not None:

@@ -24,7 +24,7 @@ from typing import Any
 from search.evaluate import Outcome, Task
 from search.evaluation import Status
 from search.settings import Settings, SettingsError
-from search.workers import Care, Line, ProcessWorkers, Progress, finished
+from search.workers import Care, Line, ProcessWorkers, Progress, at_once, finished
 
 RETRIES = 2
 """How often a task whose job was lost is submitted anew."""
@@ -75,13 +75,10 @@ class SlurmWorkers:
         self._running: list[_Running] = []
 
     def run(self, tasks: Iterable[Task | None], jobs: int, progress: Progress) -> Iterator[tuple[Task, Outcome]]:
-        """See `search.workers.Workers`; without `Settings.jobs`, all trainings of a sequence wait in SLURM's queue
-        together, and an iterator is asked for as many as a generation has."""
-        most = jobs
-        if not self._settings.jobs and self._cluster != "local":
-            most = self._settings.population
-            if isinstance(tasks, Sequence):
-                most = jobs if any(task and task.stage == "measure" for task in tasks) else len(tasks)
+        """See `search.workers.Workers`; without `Settings.jobs`, as many at once as `search.workers.at_once` says, with
+        a generation for the room of SLURM's queue."""
+        limited = self._settings.jobs or self._cluster == "local"
+        most = jobs if limited else at_once(tasks, jobs, self._settings.population)
         line = Line(tasks)
         while not line.over or self._running:
             while len(self._running) < most and (task := line.next()) is not None:

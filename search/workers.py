@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerProcess
@@ -97,6 +97,17 @@ class Line:
         except StopIteration:
             self.over = True
             return None
+
+
+def at_once(tasks: Iterable[Task | None], jobs: int, room: int) -> int:
+    """Return how many tasks a cluster gets at once where the user sets no limit; 1 or more.
+
+    Trainings of a sequence wait for the cluster together, and an iterator is asked for `room` of them. A measurement
+    keeps to `jobs`.
+    """
+    if not isinstance(tasks, Sequence):
+        return max(1, room)
+    return jobs if any(task and task.stage == "measure" for task in tasks) else max(1, len(tasks))
 
 
 def make_workers(settings: Settings, care: Care | None = None) -> Workers:

@@ -70,6 +70,12 @@ def test_what_no_slurm_can_do_is_refused(
         make_workers(fault_settings("slurm", slurm=options))
 
 
+def test_no_task_is_done_at_once(slurm: Path) -> None:
+    settings = fault_settings("slurm", slurm=("partition=gpu",), jobs=0)
+    with closing(make_workers(settings, CARE)) as workers:
+        assert list(workers.run([], 1, lambda *_: None)) == []
+
+
 def test_part_of_a_gpu_is_refused(slurm: Path) -> None:
     with pytest.raises(SettingsError, match=r"gpus_per_task: SLURM takes whole GPUs, got 0\.5"):
         make_workers(fault_settings("slurm", slurm=(), gpus_per_task=0.5))

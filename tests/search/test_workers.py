@@ -17,7 +17,7 @@ from search.data import load_corpus
 from search.evaluate import Outcome, Task, candidate_seed, run_task
 from search.evaluation import Status
 from search.settings import PRESETS
-from search.workers import Care, InlineWorkers, ProcessWorkers, Workers, make_workers
+from search.workers import Care, InlineWorkers, ProcessWorkers, Workers, at_once, make_workers
 from star_core import Genome, LanguageModel
 
 TINY = dataclasses.replace(
@@ -230,3 +230,12 @@ def _holding(marker: str) -> list[str]:
         if any(link.startswith(marker) for link in links):
             found.append(folder.parent.name)
     return found
+
+
+def test_a_cluster_gets_a_sequence_whole_and_is_asked_for_at_least_one(tmp_path: Path) -> None:
+    train, measure = (Task("1", "a", 0, PRESETS["smoke"], tmp_path, stage) for stage in ("train", "measure"))
+    assert at_once([train] * 5, 2, 3) == 5
+    assert at_once([measure], 1, 3) == 1
+    assert at_once(iter([train] * 5), 2, 3) == 3
+    # With 0, a line of none would never be found to be over.
+    assert at_once([], 2, 3) == at_once(iter([]), 2, 0) == 1

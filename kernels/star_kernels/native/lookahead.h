@@ -15,8 +15,6 @@ class Lookahead {
     if (count_++ == current_) begin_row();
   }
 
-  bool done() const { return current_ == count_; }
-
   // Ask for the next lines. All at once would hold up the loads of the work between: a core waits for a few dozen lines
   // at most.
   void touch(int64_t lines) {

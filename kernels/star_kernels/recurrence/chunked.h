@@ -151,13 +151,13 @@ template <class W> class Source {
   void add_to(Lookahead& ahead, int64_t batch, int64_t t, int64_t rows, int64_t head) const {
     const int64_t size = tensor_.element_size();
     const auto* data = static_cast<const char*>(tensor_.raw());
-    ahead.add(data + (batch * batch_ + t * time_ + head * head_) * size, time_ * size, width_ * size, rows);
+    ahead.add(data + offset(batch, t, head) * size, time_ * size, width_ * size, rows);
   }
 
   // Tokens t, t + 1, ... of a head where they lie, `row()` elements apart; null where they are of another dtype.
   const W* in_place(int64_t batch, int64_t t, int64_t head) const {
     if (tensor_.dtype() != dtype_of<W>()) return nullptr;
-    return tensor_.template data<W>() + batch * batch_ + t * time_ + head * head_;
+    return tensor_.template data<W>() + offset(batch, t, head);
   }
   int64_t row() const { return time_; }
 
@@ -166,16 +166,18 @@ template <class W> class Source {
   bool load(int64_t batch, int64_t t, int64_t rows, int64_t head, W* tile, int64_t row, int64_t padded_rows = 0,
             W factor = 1, const W* factors = nullptr) const {
     for (int64_t i = rows * row; i < padded_rows * row; ++i) tile[i] = 0;
-    const int64_t offset = batch * batch_ + t * time_ + head * head_;
+    const int64_t at = offset(batch, t, head);
     if constexpr (sizeof(W) == 4) {
       if (tensor_.dtype() == DType::kBFloat16) {
-        return load_rows(tensor_.template data<bf16>() + offset, time_, rows, width_, factor, factors, tile, row);
+        return load_rows(tensor_.template data<bf16>() + at, time_, rows, width_, factor, factors, tile, row);
       }
     }
-    return load_rows(tensor_.template data<W>() + offset, time_, rows, width_, factor, factors, tile, row);
+    return load_rows(tensor_.template data<W>() + at, time_, rows, width_, factor, factors, tile, row);
   }
 
  private:
+  int64_t offset(int64_t batch, int64_t t, int64_t head) const { return batch * batch_ + t * time_ + head * head_; }
+
   Tensor tensor_;
   int64_t width_ = 0, batch_ = 0, time_ = 0, head_ = 0;
 };
@@ -223,31 +225,33 @@ template <class W> class Sink {
         width_(like.size(-1)) {}
 
   void store(int64_t batch, int64_t t, int64_t rows, int64_t head, const W* tile, int64_t row, W factor = 1) {
-    const int64_t offset = ((batch * time_ + t) * heads_ + head) * width_;
+    const int64_t at = offset(batch, t, head);
     if constexpr (sizeof(W) == 4) {
       if (tensor_.dtype() == DType::kBFloat16) {
-        return store_rows(tensor_.template mutable_data<bf16>() + offset, rows, tile, row, factor);
+        return store_rows(tensor_.template mutable_data<bf16>() + at, rows, tile, row, factor);
       }
     }
-    store_rows(tensor_.template mutable_data<W>() + offset, rows, tile, row, factor);
+    store_rows(tensor_.template mutable_data<W>() + at, rows, tile, row, factor);
   }
 
-  // The same of an output.
+  // Where tokens t, t + 1, ... of a head go, `row()` elements apart; null where they are of another dtype.
   W* in_place(int64_t batch, int64_t t, int64_t head) {
     if (tensor_.dtype() != dtype_of<W>()) return nullptr;
-    return tensor_.template mutable_data<W>() + ((batch * time_ + t) * heads_ + head) * width_;
+    return tensor_.template mutable_data<W>() + offset(batch, t, head);
   }
   int64_t row() const { return heads_ * width_; }
 
   void add_to(Lookahead& ahead, int64_t batch, int64_t t, int64_t rows, int64_t head) const {
     const int64_t size = tensor_.element_size();
     const auto* data = static_cast<const char*>(tensor_.raw());
-    ahead.add(data + ((batch * time_ + t) * heads_ + head) * width_ * size, row() * size, width_ * size, rows);
+    ahead.add(data + offset(batch, t, head) * size, row() * size, width_ * size, rows);
   }
 
   Tensor finish() { return cast(tensor_, dtype_); }
 
  private:
+  int64_t offset(int64_t batch, int64_t t, int64_t head) const { return ((batch * time_ + t) * heads_ + head) * width_; }
+
   template <class T> void store_rows(T* out, int64_t rows, const W* tile, int64_t row, W factor) const {
     using V = Vec<W>;
     for (int64_t i = 0; i < rows; ++i) {

@@ -7,8 +7,9 @@ the genetic algorithm, and by NSGA-II with rungs, which gets as many more genera
 the others'. Objectives are counted or trained, so that a run is the same on any machine: perplexity, parameters and
 cache_bytes.
 Hypervolume is taken over tokens, in one box for all runs: between the best and the worst values of what lies on any
-run's front, on a logarithmic scale. Written are NAME.json, with the curve of every run, and NAME.svg, with the mean of
-each method and one standard deviation around it.
+run's front, on a logarithmic scale. Written are NAME.jsonl, a line for each run with what all its candidates gave,
+NAME.json, with the curve of every run, and NAME.svg, with the mean of each method and one standard deviation around it.
+A run that has its line is not done again, so that a comparison that was stopped goes on where it was.
 
 The default depth is 8. At depth 4, the smoke preset's own, 144 genomes are enough for a random search to be as good as
 any: see bench/LOG.md.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import statistics
 import tempfile
@@ -60,6 +62,24 @@ class Trace:
     tokens: tuple[int, ...]
     losses: tuple[tuple[float, ...] | None, ...]
     seconds: float
+
+    def to_line(self, settings: Mapping[str, Any]) -> str:
+        """Return the search as a line of JSON, losses to seven digits."""
+        losses = [None if one is None else [float(f"{value:.7g}") for value in one] for one in self.losses]
+        return json.dumps({**dataclasses.asdict(self), "losses": losses, "settings": settings})
+
+    @classmethod
+    def from_line(cls, line: str, settings: Mapping[str, Any]) -> Trace:
+        """Read what `to_line` returned.
+
+        Raises:
+            ValueError: The search had other settings.
+        """
+        values = json.loads(line)
+        if (found := values.pop("settings")) != settings:
+            raise ValueError(f"needs runs of the settings {dict(settings)}, got one of {found}")
+        losses = tuple(None if one is None else tuple(one) for one in values["losses"])
+        return cls(**values | {"tokens": tuple(values["tokens"]), "losses": losses})
 
 
 def settings_of(method: str, seed: int, depth: int, generations: int, population: int, rungs: int) -> Settings:
@@ -260,14 +280,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     out: Path = options.out or Path(__file__).parent / "results" / f"search-optimizers-{short_name()}.json"
     console = Console()
-    traces: list[Trace] = []
-    settings = {name: getattr(options, name) for name in ("seeds", *_SIZES)}
+    settings = {name: getattr(options, name) for name in _SIZES}
+    lines = out.with_suffix(".jsonl")
+    try:
+        traces = [Trace.from_line(line, settings) for line in lines.read_text().splitlines()] if lines.exists() else []
+    except ValueError as error:
+        parser.error(f"--out: {lines} {error}")
+    done = {(trace.method, trace.seed) for trace in traces}
     for seed in range(options.seeds):
         for method in options.methods:
-            chosen = settings_of(method, seed, **{name: settings[name] for name in _SIZES})
-            traces.append(run(chosen, method, options.jobs))
+            if (method, seed) in done:
+                continue
+            traces.append(run(settings_of(method, seed, **settings), method, options.jobs))
             last = traces[-1]
             console.print(f"{method}, seed {seed}: {len(last.tokens)} candidates, {last.tokens[-1]:,} tokens")
+            with lines.open("a", encoding="utf-8") as file:
+                file.write(last.to_line(settings) + "\n")
             # Written each time: the whole takes an hour or more, and a part of it is worth something.
             result = summarise(traces, settings)
             write_json(out, result)

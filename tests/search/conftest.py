@@ -16,10 +16,13 @@ _RAY = {
     "RAY_AUTH_TOKEN": uuid.uuid4().hex,
 }
 
+# No fixture sets them: Ray reads its mode once, where it is imported, and test modules do that as they are collected.
+_patch = pytest.MonkeyPatch()
+for _name, _value in _RAY.items():
+    _patch.setenv(_name, _value)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _ray() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in _RAY.items():
-            patch.setenv(name, value)
-        yield
+    yield
+    _patch.undo()

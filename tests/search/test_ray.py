@@ -130,7 +130,7 @@ def test_what_is_done_when_its_node_is_lost_is_not_done_again(tmp_path: Path, mo
     monkeypatch.setenv(ENDS, str(ends))
     one = task(tmp_path)
     assert run(one, do_moment_and_lose).status is Status.OK
-    assert (ends / one.genome_hash).read_text() == "x"
+    assert (ends / one.result_path.name).read_text() == "x"
     assert (tmp_path / f"{one.genome_hash}.safetensors").exists()
 
 

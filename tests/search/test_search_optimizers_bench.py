@@ -75,6 +75,14 @@ def test_a_summary_ends_where_every_method_still_has_tokens() -> None:
     ElementTree.fromstring(draw(result))
 
 
+def test_a_run_is_read_back_as_it_was_and_not_into_other_settings() -> None:
+    sizes = {"depth": 4, "rungs": 3}
+    for trace in traces():
+        assert Trace.from_line(trace.to_line(sizes), sizes) == trace
+    with pytest.raises(ValueError, match=r"needs runs of the settings .*'depth': 8.* got one of .*'depth': 4"):
+        Trace.from_line(traces()[0].to_line(sizes), sizes | {"depth": 8})
+
+
 @pytest.mark.slow
 def test_the_comparison_runs_and_writes_its_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -88,6 +96,13 @@ def test_the_comparison_runs_and_writes_its_figure(tmp_path: Path, monkeypatch: 
     picture = (tmp_path / "small.svg").read_text()
     assert "nsga2 with rungs" in picture
     ElementTree.fromstring(picture)
+    # What has its line is taken from there; a method more is all that is run.
+    lines = (tmp_path / "small.jsonl").read_text()
+    search_optimizers.main([*options, "--methods", "random", "ga", "--out", str(out)])
+    assert (tmp_path / "small.jsonl").read_text().splitlines()[:2] == lines.splitlines()
+    assert [run["method"] for run in json.loads(out.read_text())["runs"]] == ["random", "nsga2 with rungs", "ga"]
+    with pytest.raises(SystemExit):
+        search_optimizers.main([*options, "--depth", "3", "--out", str(out)])
 
 
 def _tiny() -> Settings:

@@ -271,6 +271,7 @@ def test_what_tuning_compares_compiles() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("_triton_installed")
 def test_every_configuration_everywhere() -> None:
     _held_against_the_committed_table(aot.grid_of(aot.CASES), list(TARGETS))

@@ -83,6 +83,22 @@ def test_error_is_at_most_twice_plain_torch_at_odd_sizes(
         assert_rule(found[name], want_found[name], plain_found[name].to(leaf.dtype), f"d{name}", 3.0, 32.0)
 
 
+@pytest.mark.parametrize("values", [1, 7, 8, 31, 32, 33, 64, 100])
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_step_matches_float64_at_any_number_of_vectors(operator: str, values: int) -> None:
+    keys, timeless = 13, ("A", "D", "dt_bias", "initial_state")
+    chosen = case(operator, 2, 1, 3, keys, values)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = {name: one.detach() for name, one in chosen.leaves(dtype).items()}
+        token = {name: one if name in timeless else one[:, 0] for name, one in leaves.items()}
+        state = token.pop("initial_state")
+        results.append(call(f"{operator}_step", "cpp", {"state": state, **token}, chosen.options))
+    roundings = 2 * (keys + 3)  # of a sum over the keys, and of what is written to the memory
+    for got, want in zip(*results, strict=True):
+        assert_close(got, want, operator, roundings * torch.finfo(torch.float32).eps)
+
+
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_same_bits_for_any_number_of_threads_and_for_a_row_alone(operator: str) -> None:
     chosen = case(operator, 3, 150)

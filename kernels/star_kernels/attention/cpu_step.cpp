@@ -16,6 +16,12 @@ template <class T> struct Step {
   using V = Vec<T>;
   // Query heads that share a pass over their keys and values.
   static constexpr int kShared = V::N < 4 ? 1 : 4;
+  // Where heads share a pass: tokens from the rows that are read to those that are asked for meanwhile, 0 for none. With
+  // eight lanes a tenth of the pass is waiting for the second-level cache. A line is asked for between the multiply-adds;
+  // a block's lines at once, rows that one head reads alone, or bfloat16 cost more than they gain.
+  static constexpr int64_t kAhead = V::N == 8 && sizeof(T) == sizeof(float) ? 8 : 0;
+  // Elements and vectors in a cache line.
+  static constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T)), kTurns = kLine / V::N;
 
   Scores<W> scores;
   const T* q;  // (B, H, D)
@@ -78,6 +84,22 @@ template <class T> struct Step {
     }
   }
 
+  // Ask for kRows of the rows that come kAhead tokens after `rows`, where columns x to x + N are read: every row's line
+  // once in the course of reading one.
+  template <int kRows> static void ask(const T* rows, int64_t token, int64_t x) {
+    if constexpr (kAhead > 0) {
+      constexpr int64_t kEach = kRows > kTurns ? kRows / kTurns : 1;
+      const T* row = rows + (kAhead + (x & (kLine - 1)) / V::N * kEach) * token + x;
+      STAR_UNROLL for (int64_t r = 0; r < kEach; ++r) __builtin_prefetch(row + r * token);
+    }
+  }
+  // Ask for kVectors adjacent vectors of the row that comes kAhead tokens after `row`.
+  template <int kVectors> static void ask_columns(const T* row, int64_t token) {
+    if constexpr (kAhead > 0) {
+      STAR_UNROLL for (int64_t u = 0; u < kVectors; u += kTurns) __builtin_prefetch(row + kAhead * token + u * V::N);
+    }
+  }
+
   // `products` of kQueries queries, a row of `out` each: a key is read once for all of them. Their sums fill one vector.
   template <int kQueries> void shared_products(const T* keys, const W* queries, W* out, int64_t stride) const {
     constexpr int kKeys = V::N / kQueries;
@@ -87,6 +109,7 @@ template <class T> struct Step {
       sweep<V>(width, [&](int64_t x, auto lanes) {
         V query[kQueries];
         STAR_UNROLL for (int g = 0; g < kQueries; ++g) query[g] = V::load(queries + g * width + x, lanes);
+        ask<kKeys>(keys + j * k.token, k.token, x);
         STAR_UNROLL for (int i = 0; i < kKeys; ++i) {
           const V key = V::load(keys + (j + i) * k.token + x, lanes);
           STAR_UNROLL for (int g = 0; g < kQueries; ++g) sums[g * kKeys + i] = fma(query[g], key, sums[g * kKeys + i]);
@@ -121,6 +144,7 @@ template <class T> struct Step {
       STAR_UNROLL for (int u = 0; u < kVectors; ++u) sums[g][u] = V::load(acc + g * value_width + u * V::N, lanes);
     }
     for (int64_t j = 0; j < count; ++j, values += v.token) {
+      ask_columns<kVectors>(values, v.token);
       V value[kVectors];
       STAR_UNROLL for (int u = 0; u < kVectors; ++u) value[u] = V::load(values + u * V::N, lanes);
       STAR_UNROLL for (int g = 0; g < kQueries; ++g) {

@@ -344,18 +344,53 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_delta_rule_back
   return result;
 }
 
+// C vectors of columns of the step below: what their u needs is in them alone, so that they are written while the
+// first-level cache still holds what was read.
+template <class W, int C, class L>
+void step_columns(int64_t keys, int64_t values, Vec<W> decay, Vec<W> beta, Vec<W> match, const W* q, const W* k,
+                  const W* v, const W* state, W* new_state, W* o, L lanes) {
+  using V = Vec<W>;
+  V by_k[C], by_q[C];
+  STAR_UNROLL for (int i = 0; i < C; ++i) by_k[i] = by_q[i] = V(0);
+  const W* from = state;
+  for (int64_t c = 0; c < keys; ++c, from += values) {
+    const V key(k[c]), query(q[c]);
+    STAR_UNROLL for (int i = 0; i < C; ++i) {
+      const V row = V::load(from + i * V::N, lanes);
+      by_k[i] = fma(key, row, by_k[i]);
+      by_q[i] = fma(query, row, by_q[i]);
+    }
+  }
+  STAR_UNROLL for (int i = 0; i < C; ++i) {
+    by_k[i] = beta * fnma(decay, by_k[i], V::load(v + i * V::N));
+    fma(match, by_k[i], decay * by_q[i]).store(o + i * V::N);
+  }
+  for (int64_t c = 0; c < keys; ++c, state += values, new_state += values) {
+    const V key(k[c]);
+    STAR_UNROLL for (int i = 0; i < C; ++i) {
+      fma(decay, V::load(state + i * V::N, lanes), key * by_k[i]).store(new_state + i * V::N, lanes);
+    }
+  }
+}
+
 // One token of one head. The memory is read once for what it holds for k and q, and once more as it is written:
 // o = decay S^T q + (q . k) u, with u = beta (v - decay S^T k).
 template <class W>
 void step_head(int64_t keys, int64_t values, W decay, W beta, const W* q, const W* k, const W* v, const W* state,
                W* new_state, W* held_k, W* held_q) {
   using V = Vec<W>;
+  const V kept(decay), strength(beta), match(dot(padded(keys), q, k));
+  if constexpr (kStepColumns<W> > 0) {
+    return by_columns<W>(values, [&](int64_t j, auto vectors, auto lanes) {
+      step_columns<W, decltype(vectors)::value>(keys, values, kept, strength, match, q, k, v + j, state + j,
+                                                new_state + j, held_q + j, lanes);
+    });
+  }
   zero(padded(values), held_k);
   zero(padded(values), held_q);
   by_four_rows(keys, [&](int64_t c, auto rows) {
     read_rows<W, decltype(rows)::value>(values, k + c, q + c, state + c * values, held_k, held_q);
   });
-  const V kept(decay), strength(beta), match(dot(padded(keys), q, k));
   each_vector<W>(padded(values), [=](int64_t j) {
     const V u = strength * fnma(kept, V::load(held_k + j), V::load(v + j));
     u.store(held_k + j);

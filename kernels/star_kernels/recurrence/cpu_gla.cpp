@@ -407,13 +407,20 @@ std::tuple<Tensor, Tensor> gated_linear_attention_step(const Tensor& state_any, 
         v.load(batch, 0, 1, head, v_row, row_v);
         logs.load(batch, 0, 1, head, decay, row_k);
         each_vector<W>(row_k, [=](int64_t i) { exp(V::load(decay + i)).store(decay + i); });
-        zero(row_v, o_row);
         const W* from = state_data + task * keys * values;
         W* to = new_data + task * keys * values;
-        by_four_rows(keys, [&](int64_t c, auto rows) {
-          step_rows<W, decltype(rows)::value>(values, decay + c, k_row + c, q_row + c, v_row, from + c * values,
-                                              to + c * values, o_row);
-        });
+        if constexpr (kStepColumns<W> > 0) {
+          by_columns<W>(values, [&](int64_t j, auto vectors, auto lanes) {
+            step_columns<W, decltype(vectors)::value>(keys, values, decay, k_row, q_row, v_row + j, from + j, to + j,
+                                                      o_row + j, lanes);
+          });
+        } else {
+          zero(row_v, o_row);
+          by_four_rows(keys, [&](int64_t c, auto rows) {
+            step_rows<W, decltype(rows)::value>(values, decay + c, k_row + c, q_row + c, v_row, from + c * values,
+                                                to + c * values, o_row);
+          });
+        }
         out.store(batch, 0, 1, head, o_row, row_v);
       }
     });

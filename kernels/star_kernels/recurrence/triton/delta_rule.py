@@ -60,10 +60,15 @@ _RUNS: dict[Any, dict[str, tuple[_Run, _Run]]] = {
 
 def _options(kernel: Any, q: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor | None) -> dict[str, Any]:
     """Return a kernel's constants, warps and stages."""
-    block_k, block_v, warps, stages = _RUNS[kernel][gpu_of(q).matrix][q.dtype.itemsize > 2]
+    matrix = gpu_of(q).matrix
+    block_k, block_v, warps, stages = _RUNS[kernel][matrix][q.dtype.itemsize > 2]
     all_keys = next_power_of_2(q.shape[3], 16)
     if kernel is delta_states:
         block_k, block_v = all_keys, min(block_v, max(16, block_k // all_keys))
+        if all_keys > 64 and matrix != "wgmma":
+            # Two stages of 128 keys take 66 to 104 KB of shared memory on gfx942, which has 64, and up to 184 bytes of
+            # spills elsewhere; one takes 32 KB and none. On sm_90 one spills more than two: 376 bytes for 184.
+            stages = 1
     return {
         "VARLEN": cu_seqlens is not None, "SCALE": scale, "ACC": accumulator(q), "CHUNK": CHUNK,
         "BLOCK_K": min(block_k, all_keys), "BLOCK_V": min(block_v, next_power_of_2(v.shape[3], 16)),

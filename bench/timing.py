@@ -16,12 +16,10 @@ import torch
 from bench._validation import MeasurementError, require_integer, require_seconds, resolve_device
 from bench.memory import peak_tensor_bytes
 
-# Reading the clock twice costs about 0.1 us. A call shorter than 50 us is repeated until a sample lasts 100 us, so that
-# the clock is at most 0.1 % of it; on CUDA until 1 ms, since there a sample also waits for the device, which costs
-# about 10 us.
-_REPEAT_BELOW_S = 50e-6
-_SAMPLE_S = 100e-6
-_SAMPLE_CUDA_S = 1e-3
+# A call is repeated until a sample lasts this long. Reading the clock twice costs 0.1 us and waiting for a GPU 10, but
+# the first call after a rival's finds the caches full of that one's code and tensors: steps that take 5 us in a row
+# were 12 in samples of 0.1 ms, and 66 where the first call alone had seemed long enough to be a sample.
+_SAMPLE_S = 1e-3
 
 # An empty function takes 30 ns: three thousand calls fill a sample, on CUDA thirty thousand.
 _MOST_CALLS = 1_000_000
@@ -61,7 +59,7 @@ class Measurement:
         p20_s: 20th percentile.
         p80_s: 80th percentile.
         samples: Number of samples.
-        calls_per_sample: Calls that one sample averages over; more than one only for calls below 50 us.
+        calls_per_sample: Calls that one sample averages over; more than one only for calls below 1 ms.
         ratio: Median of (this time / the reference's time in the same round); below 1 is faster. None without a
             reference.
         ratio_p20: 20th percentile of it.
@@ -110,7 +108,7 @@ def measure(
         max_seconds: Counted from the first warm-up call; `min_samples` must be there by then, and no more are taken
             after.
         device: "cuda" makes each sample wait for the device; "cpu" does not. Default: wait if this process has used
-            CUDA. Calls below 50 us queue behind one another within a CUDA sample, so that theirs is the time at full
+            CUDA. Calls below 1 ms queue behind one another within a CUDA sample, so that theirs is the time at full
             throughput.
         peak_memory: One more call, to fill `peak_bytes`.
 
@@ -271,20 +269,19 @@ def _sample(provider: Provider, calls: int, synchronize: Callable[[], None] | No
 
 
 def _calls_per_sample(provider: Provider, synchronize: Callable[[], None] | None) -> int:
-    """Return how many calls a sample needs for the clock to be negligible."""
+    """Return how many calls a sample needs to last `_SAMPLE_S`."""
     if provider.once or provider.prepare is not None:
         return 1
-    wanted = _SAMPLE_S if synchronize is None else _SAMPLE_CUDA_S
     calls = 1
     while True:
         # The faster of two, since an interruption would make a short call look long enough.
         call_s = min(_sample(provider, calls, synchronize) for _ in range(2))
-        if call_s * calls >= (_REPEAT_BELOW_S if calls == 1 else wanted):
+        if call_s * calls >= _SAMPLE_S:
             return calls
         if calls >= _MOST_CALLS:
             raise MeasurementError(f"the clock did not advance during {calls} calls")
         # Grown tenfold at most: a single call of a few tens of ns is timed too badly to extrapolate from.
-        calls = min(10 * calls, math.ceil(1.2 * wanted / call_s)) if call_s > 0 else 10 * calls
+        calls = min(10 * calls, math.ceil(1.2 * _SAMPLE_S / call_s)) if call_s > 0 else 10 * calls
 
 
 def _summarise(
